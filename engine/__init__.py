@@ -1,0 +1,18 @@
+"""Rawgem: inference for Gemma 3, Gemma 4 and Llama 4 on hand-written kernels."""
+
+from engine.errors import (
+    CheckpointError,
+    ConfigError,
+    MemoryPlanError,
+    ParamsError,
+    PromptError,
+    RawgemError,
+    ShapeError,
+)
+from engine.llm import LLM, plan
+from engine.media import Image, Video
+from engine.outputs import ForwardOutput, RequestOutput, StreamPiece
+from engine.sampling_params import SamplingParams
+
+__all__ = ["LLM", "CheckpointError", "ConfigError", "ForwardOutput", "Image", "MemoryPlanError", "ParamsError",
+           "PromptError", "RawgemError", "RequestOutput", "SamplingParams", "ShapeError", "StreamPiece", "Video", "plan"]

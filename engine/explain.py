@@ -1,0 +1,30 @@
+"""LLM.explain(): what runs where and why, as text."""
+
+from itertools import groupby
+
+
+def explain(llm):
+    """Lane, layers with the op each uses, pools with their ledgers, settings without effect, tensors left unread."""
+    spec, config = llm.spec, llm.config
+    lines = [f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}",
+             f"lane {llm.lane.name}, {llm.lane.dtype}: ops from engine/reference.py, matrix products by NumPy's BLAS"
+             + ("" if config.device != "auto" else " (device='auto': the cuda lane is not built yet)")]
+    at = 0
+    for layer, group in groupby(spec.layers):
+        n = len(list(group))
+        attention = layer.attention
+        kind = "global" if attention.window is None else f"sliding({attention.window})"
+        lines.append(f"  layers {at}..{at + n - 1}: {kind} attention, {attention.n_heads} query and "
+                     f"{attention.n_kv_heads} KV heads of {attention.head_dim}"
+                     + (", v is the k projection" if attention.v_is_k else "")
+                     + f"; dense MLP {layer.mlp.intermediate}")
+        at += n
+    for pool, pages in zip(llm.plan().pools, llm.kv_cache.allocators, strict=True):
+        lines.append(f"  pool {pool.kind}: {pages.n_pages} pages of {pool.page_size} tokens, {pages.n_free} free")
+    lines.append("head: " + ("tied to the embedding" if llm.weights.head is llm.weights.embed else "its own matrix"))
+    lines.append(f"prefix caching: {'asked for, not built yet: no effect' if config.prefix_caching else 'off'}")
+    lines.append("draft: none")
+    if llm.weights.unused:
+        lines.append(f"tensors in the file that a text run does not read: {len(llm.weights.unused)} "
+                     f"({', '.join(llm.weights.unused[:3])}{', ...' if len(llm.weights.unused) > 3 else ''})")
+    return "\n".join(lines)

@@ -1,0 +1,172 @@
+"""The paged KV cache: one pool per kind of attention layer, pages handed to sequences and taken back.
+
+A pool holds K and V of all layers that share a window and a head geometry; a page is `page_size` consecutive positions
+of one sequence in every one of those layers. Sliding pools take pages back as soon as the window has passed them.
+"""
+
+from bisect import bisect_left
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """What one pool stores. `layers` are the model's layer numbers it serves, in order; window None is global."""
+
+    window: int | None
+    n_kv_heads: int
+    head_dim: int
+    layers: tuple
+
+    @property
+    def kind(self):
+        return "global" if self.window is None else f"sliding({self.window})"
+
+    def token_bytes(self, itemsize):
+        """Bytes of K and V of one position in all of the pool's layers."""
+        return 2 * len(self.layers) * self.n_kv_heads * self.head_dim * itemsize
+
+    def pages_needed(self, n_tokens, page_size):
+        """Most pages that a sequence of `n_tokens` computed one token at a time holds at once."""
+        n_pages = -(-n_tokens // page_size)
+        return n_pages if self.window is None else min(n_pages, self.live_pages(1, page_size))
+
+    def live_pages(self, n_new, page_size):
+        """Most pages of a sliding pool that hold the `window + 1` positions kept plus `n_new` being computed."""
+        return (self.window + 1 + n_new + page_size - 2) // page_size + 1
+
+    def first_live(self, n_cached):
+        """The oldest position still needed: a page is freed only when it lies wholly below P - window, with P the last
+        committed position, because rejected drafts move the window back (and a draft model reads P - window too)."""
+        return 0 if self.window is None else max(0, n_cached - 1 - self.window)
+
+
+def pool_specs(spec):
+    """The pools a ModelSpec needs, in the order of the first layer that uses each."""
+    layers = {}
+    for i, layer in enumerate(spec.layers):
+        attention = layer.attention
+        layers.setdefault((attention.window, attention.n_kv_heads, attention.head_dim), []).append(i)
+    return tuple(PoolSpec(*key, layers=tuple(ids)) for key, ids in layers.items())
+
+
+class PageAllocator:
+    """Which pages are free, as sorted extents [start, end), so that a sequence's pages lie side by side when they can.
+
+    A kernel does not care, but a matrix product on the CPU reads a run of neighbouring pages as one block. So a
+    sequence that grows takes the page after its last, and a new one starts in the middle of the largest free extent.
+    """
+
+    def __init__(self, n_pages):
+        self.n_pages = self.n_free = n_pages
+        self._extents = [(0, n_pages)] if n_pages else []
+
+    def allocate(self, n, after=None):
+        """n pages (the caller has checked n_free), the first next to page `after` when that is free."""
+        assert n <= self.n_free
+        pages = []
+        while len(pages) < n:
+            start = self._find(pages[-1] if pages else after)
+            i = bisect_left(self._extents, (start + 1,)) - 1
+            lo, hi = self._extents[i]
+            end = min(hi, start + n - len(pages))
+            self._extents[i:i + 1] = [extent for extent in ((lo, start), (end, hi)) if extent[0] < extent[1]]
+            pages.extend(range(start, end))
+        self.n_free -= n
+        return pages
+
+    def _find(self, after):
+        i = bisect_left(self._extents, (after + 1,)) if after is not None else len(self._extents)
+        if i < len(self._extents) and self._extents[i][0] == after + 1:
+            return after + 1
+        lo, hi = max(self._extents, key=lambda extent: extent[1] - extent[0])
+        return lo if hi - lo == self.n_pages else (lo + hi) // 2
+
+    def free(self, pages):
+        for page in pages:
+            i = bisect_left(self._extents, (page,))
+            lo, hi = page, page + 1
+            assert i == len(self._extents) or hi <= self._extents[i][0], f"page {page} freed twice"
+            if i < len(self._extents) and self._extents[i][0] == hi:
+                hi = self._extents.pop(i)[1]
+            if i and self._extents[i - 1][1] >= lo:
+                assert self._extents[i - 1][1] == lo, f"page {page} freed twice"
+                i -= 1
+                lo = self._extents.pop(i)[0]
+            self._extents.insert(i, (lo, hi))
+        self.n_free += len(pages)
+
+
+@dataclass
+class PageList:
+    """The pages of one sequence in one pool: `pages[j]` holds positions from (first + j) * page_size on."""
+
+    pages: list
+    first: int = 0
+
+
+class KVCache:
+    """The pools of one engine and the pages each sequence holds in them.
+
+    spec.kind's arrays: `k[p][j]`, `v[p][j]` are [n_pages, page_size, n_kv_heads, head_dim] for pool p and the j-th of
+    its layers; `layer_slot[i]` is the (p, j) of model layer i. Memory is not touched until a page is written.
+    """
+
+    def __init__(self, specs, n_pages, page_size, lane):
+        self.specs, self.page_size = specs, page_size
+        self.allocators = [PageAllocator(n) for n in n_pages]
+        shapes = [(len(s.layers), n, page_size, s.n_kv_heads, s.head_dim) for s, n in zip(specs, n_pages, strict=True)]
+        self.k = [lane.empty(shape) for shape in shapes]
+        self.v = [lane.empty(shape) for shape in shapes]
+        self.layer_slot = {i: (p, j) for p, spec in enumerate(specs) for j, i in enumerate(spec.layers)}
+
+    def new_page_lists(self):
+        """Empty holdings for a new sequence, one PageList a pool."""
+        return [PageList([]) for _ in self.specs]
+
+    def reserve(self, sequence, n_new):
+        """Gives `sequence` the pages for up to `n_new` more positions; returns for how many there was room (maybe 0)."""
+        for held, allocator in zip(sequence.page_lists, self.allocators, strict=True):
+            room = (held.first + len(held.pages) + allocator.n_free) * self.page_size - sequence.n_cached
+            n_new = min(n_new, room)
+        if n_new <= 0:
+            return 0
+        n_logical = -(-(sequence.n_cached + n_new) // self.page_size)
+        for held, allocator in zip(sequence.page_lists, self.allocators, strict=True):
+            missing = n_logical - held.first - len(held.pages)
+            if missing > 0:
+                held.pages += allocator.allocate(missing, after=held.pages[-1] if held.pages else None)
+        return n_new
+
+    def could_hold(self, n_tokens):
+        """Whether a sequence of n_tokens, nothing of it cached yet, would find its pages free now."""
+        return all(allocator.n_free >= spec.pages_needed(n_tokens, self.page_size)
+                   for spec, allocator in zip(self.specs, self.allocators, strict=True))
+
+    def trim(self, sequence):
+        """Takes back the pages that lie wholly before the sequence's window."""
+        for spec, held, allocator in zip(self.specs, sequence.page_lists, self.allocators, strict=True):
+            n_stale = min(spec.first_live(sequence.n_cached) // self.page_size - held.first, len(held.pages))
+            if n_stale > 0:
+                allocator.free(held.pages[:n_stale])
+                del held.pages[:n_stale]
+                held.first += n_stale
+
+    def release(self, sequence):
+        """Takes back everything the sequence holds."""
+        for held, allocator in zip(sequence.page_lists, self.allocators, strict=True):
+            allocator.free(held.pages)
+            held.pages, held.first = [], 0
+
+    @property
+    def n_bytes(self):
+        return sum(array.nbytes for array in (*self.k, *self.v))
+
+    def page_table(self, sequences, p):
+        """(pages [n_seqs, most pages held] int32, -1 beyond a row's own; first logical page [n_seqs] int32) of pool p."""
+        lists = [sequence.page_lists[p] for sequence in sequences]
+        table = np.full((len(lists), max((len(held.pages) for held in lists), default=0)), -1, np.int32)
+        for row, held in zip(table, lists, strict=True):
+            row[:len(held.pages)] = held.pages
+        return table, np.array([held.first for held in lists], np.int32)

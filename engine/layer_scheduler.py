@@ -1,0 +1,72 @@
+"""The model's forward pass: walks the LayerSpecs and launches ops in written order, into the workspace."""
+
+from engine.models.spec import AttentionSpec, DenseSpec
+
+
+class LayerScheduler:
+    """Runs batches through one model. Allocates nothing of its own in a step, reads nothing back."""
+
+    def __init__(self, spec, weights, kv_cache, workspace, lane):
+        for i, layer in enumerate(spec.layers):
+            if type(layer.attention) is not AttentionSpec or type(layer.mlp) is not DenseSpec:
+                raise TypeError(f"layer {i}: no branch for {type(layer.attention).__name__} and "
+                                f"{type(layer.mlp).__name__}")
+        self.spec, self.weights, self.kv_cache, self.workspace = spec, weights, kv_cache, workspace
+        self.ops = lane.ops
+        self._inv_freq = {}
+        for layer in spec.layers:
+            attention = layer.attention
+            self._inv_freq[attention.rope, attention.head_dim] = attention.rope.inv_freq(attention.head_dim)
+
+    def run(self, batch, capture=None):
+        """Computes `batch`, leaving its K and V in the cache. Returns the states after the final norm.
+
+        capture(j, residual)  called with the residual stream [n_tokens, hidden] before layer j and once after the last
+        Returns [n_tokens, hidden], a workspace buffer that the next run overwrites.
+        """
+        spec, weights, ops = self.spec, self.weights, self.ops
+        n, norm = batch.n_tokens, (spec.norm_eps, weights.norm_offset)
+        residual, normed, branch = (self.workspace.rows(name, n, spec.hidden) for name in ("residual", "normed", "branch"))
+        ops.embed(weights.embed, batch.token_ids, spec.embed_scale, residual)
+        angles = {key: ops.rope_angles(batch.positions, inv_freq) for key, inv_freq in self._inv_freq.items()}
+        if capture:
+            capture(0, residual)
+        ops.rms_norm(residual, weights.layers[0].input_norm, *norm, normed)
+        for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
+            self._attend(i, layer.attention, w, batch, angles, normed, branch)
+            ops.add_norm(residual, branch, w.post_attention_norm, w.pre_mlp_norm, *norm, None, normed)
+            self._feed_forward(layer.mlp, w, normed, branch)
+            is_last = i + 1 == len(spec.layers)
+            next_norm = weights.norm if is_last else weights.layers[i + 1].input_norm
+            ops.add_norm(residual, branch, w.post_mlp_norm, next_norm, *norm, w.layer_scalar, normed)
+            if capture:
+                capture(i + 1, residual)
+        return normed
+
+    def logits(self, states):
+        """Logits of final-norm states [n, hidden], n <= workspace.max_logit_rows: float32 [n, vocab], a buffer."""
+        out = self.workspace.rows("logits", len(states), self.spec.vocab)
+        self.ops.linear(states, self.weights.head, out)
+        if self.spec.logit_softcap is not None:
+            self.ops.logit_softcap(out, self.spec.logit_softcap)
+        return out
+
+    def _attend(self, i, attention, w, batch, angles, normed, out):
+        pool, slot = self.kv_cache.layer_slot[i]
+        k_pages, v_pages, paged = self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot], batch.pools[pool]
+        qkv = self.workspace.rows("qkv", batch.n_tokens, attention.qkv_width)
+        mixed = self.workspace.rows("mixed", batch.n_tokens, attention.q_width)
+        self.ops.linear(normed, w.qkv, qkv)
+        q = self.ops.qk_norm_rope_cache(
+            qkv, w.q_norm, w.k_norm, angles[attention.rope, attention.head_dim], paged.slots, k_pages, v_pages,
+            n_heads=attention.n_heads, v_norm=attention.v_norm, v_is_k=attention.v_is_k, eps=self.spec.norm_eps,
+            weight_offset=self.weights.norm_offset)
+        self.ops.attention(q, k_pages, v_pages, paged, scale=attention.scale, window=attention.window, out=mixed)
+        self.ops.linear(mixed, w.o, out)
+
+    def _feed_forward(self, mlp, w, normed, out):
+        gate_up = self.workspace.rows("gate_up", len(normed), 2 * mlp.intermediate)
+        act = self.workspace.rows("act", len(normed), mlp.intermediate)
+        self.ops.linear(normed, w.gate_up, gate_up)
+        self.ops.gated_gelu(gate_up, act)
+        self.ops.linear(act, w.down, out)

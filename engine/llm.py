@@ -1,0 +1,285 @@
+"""LLM: the public interface. Opens a checkpoint, turns prompts into sequences, and runs the loop until they end."""
+
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+
+from engine import prompts as prompt_input
+from engine.backend import open_lane
+from engine.config import EngineConfig
+from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
+from engine.explain import explain
+from engine.kv_cache import KVCache
+from engine.layer_scheduler import LayerScheduler
+from engine.loop import Loop
+from engine.memory_plan import plan_memory
+from engine.models import describe
+from engine.outputs import ForwardOutput, RequestMetrics, RequestOutput, StreamPiece
+from engine.random import request_seed
+from engine.sampling_params import SamplingParams
+from engine.scheduler import Scheduler
+from engine.tasks import Generation, Probe
+from engine.weights import account, load
+from engine.workspace import Workspace
+from loaders.chat_template import ChatTemplate
+from loaders.config import Config
+from loaders.generation_config import load_generation_config
+from loaders.hub import resolve
+from loaders.safetensors import Checkpoint
+from loaders.tokenizer import Detokenizer, Tokenizer
+
+
+class LLM:
+    """A model, ready to run.
+
+    model             checkpoint directory, or a Hugging Face repo id (downloaded; HF_HUB_OFFLINE is respected)
+    device            auto | cuda | cuda:N | cpu | emulated
+    dtype             auto (the checkpoint's on cuda and emulated, float32 on cpu) | bfloat16 | float32
+    draft, n_draft_tokens, draft_sampling, relaxed_acceptance   speculative decoding; refused for now
+    max_seq_len       tokens of the longest sequence; None takes what the model and the memory allow
+    max_seqs          sequences computed at once
+    max_batch_tokens  tokens computed in one step
+    page_size         tokens of one KV page
+    kv_cache_bytes    None takes a quarter of the host memory that is left, or what max_seqs of max_seq_len need
+    memory_fraction   share of the device's memory to use
+    prefix_caching    accepted; has no effect yet
+    graphs, gemm      choices of the cuda lane
+    seed              64-bit; requests without a seed of their own draw from (seed, submission counter)
+    progress          bars while loading and generating, where stderr is a terminal
+    Raises ConfigError, CheckpointError, MemoryPlanError.
+    """
+
+    def __init__(self, model, device="auto", dtype="auto", draft=None, n_draft_tokens=4, max_seq_len=None, max_seqs=64,
+                 max_batch_tokens=2048, page_size=16, kv_cache_bytes=None, memory_fraction=0.9, prefix_caching=True,
+                 graphs="auto", gemm="own", draft_sampling="argmax", relaxed_acceptance=None, seed=0, progress=True):
+        arguments = dict(locals())
+        self.config = EngineConfig(**{field.name: arguments[field.name] for field in fields(EngineConfig)})
+        self.lane = open_lane(device, dtype)
+        self.path = Path(resolve(model, progress=progress))
+        config = Config.load(self.path)
+        self.spec = describe(config)
+        self.tokenizer = Tokenizer.load(self.path)
+        self.chat_template = ChatTemplate.load(self.path)
+        generation = load_generation_config(self.path)
+        self.eos_ids = generation.eos_token_ids or _config_eos(config)
+        self.default_params = SamplingParams(**generation.sampling)
+        with Checkpoint.open(self.path) as checkpoint:
+            account(self.spec, checkpoint.tensors)              # refuses before anything large is allocated
+            self._plan = plan_memory(self.spec, self.config, self.lane.dtype.itemsize)
+            with self._bar(checkpoint.n_bytes, "loading", unit="B", unit_scale=True) as bar:
+                self.weights = load(self.spec, checkpoint, self.lane, bar.update)
+        self.kv_cache = KVCache([pool.spec for pool in self._plan.pools], [pool.n_pages for pool in self._plan.pools],
+                                page_size, self.lane)
+        workspace = Workspace(self.spec, max_batch_tokens, max_seqs, self.lane)
+        layers = LayerScheduler(self.spec, self.weights, self.kv_cache, workspace, self.lane)
+        self.scheduler = Scheduler(self.kv_cache, max_seqs, max_batch_tokens)
+        self._loop = Loop(layers, self.scheduler, self.kv_cache, workspace)
+        self._n_submitted = 0
+        self._counts = dict.fromkeys(("requests", "finished", "errors", "aborted", "prompt_tokens", "generated_tokens"), 0)
+
+    @property
+    def max_seq_len(self):
+        return self._plan.max_seq_len
+
+    def generate(self, prompts, params=None):
+        """Completes prompts; returns a RequestOutput each, in order, or one for a single prompt.
+
+        prompts  str, list of ids, or dict {"prompt" | "token_ids": ...}; or a list of those
+        params   one SamplingParams, or a list with one a prompt; None takes the checkpoint's generation_config.json
+        A bad item of a list gives an output with finish_reason "error" and .error in its place while the rest finish;
+        a single bad prompt raises PromptError or ParamsError.
+        """
+        if prompt_input.is_single(prompts):
+            return self._run([self._admit(prompts, params)])[0]
+        return self._generate_all(list(prompts), params, self._admit)
+
+    def chat(self, messages, params=None):
+        """Answers a conversation, or a list of them, through the checkpoint's chat template; returns as generate does.
+
+        messages  [{"role": "system" | "user" | "assistant", "content": text or [{"type": "text", "text": ...}]}, ...]
+        """
+        def admit(conversation, one_params):
+            return self._admit({"token_ids": self.chat_prompt(conversation)}, one_params)
+        if not isinstance(messages, (list, tuple)) or not messages or isinstance(messages[0], dict):
+            return self._run([admit(messages, params)])[0]
+        return self._generate_all(messages, params, admit)
+
+    def chat_prompt(self, messages):
+        """Token ids of a conversation rendered by the chat template, ready for the model's turn. Raises PromptError."""
+        if self.chat_template is None or self.tokenizer is None:
+            raise PromptError(f"{self.path} has no chat template or no tokenizer; use generate with a plain prompt")
+        text = self.chat_template.render(messages, self.tokenizer.special_tokens)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+    def stream(self, prompt, params=None):
+        """Yields a StreamPiece for every step that adds something to one prompt's text; the last has a finish_reason.
+
+        The prompt is checked at the call. Closing the generator aborts the request; other requests may run meanwhile.
+        """
+        number, ids, task = self._admit(prompt, params)
+        return self._stream(number, ids, task)
+
+    def forward(self, token_ids, images=None, videos=None, return_logits="last", return_hidden_states=False):
+        """Runs token ids through the model without sampling, as one ragged batch, through the same scheduler, chunks,
+        pages and ops as generate.
+
+        token_ids             list of lists of ids
+        return_logits         "last" | "all" | n: logits of the last position, all of them, the last n of each row
+        return_hidden_states  False | True (after the final norm) | "layers" (embeddings, then after every layer)
+        Returns ForwardOutput. Raises PromptError, ConfigError.
+        """
+        if images or videos:
+            raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
+        if return_hidden_states not in (False, True, "layers"):
+            raise ConfigError(f"return_hidden_states is {return_hidden_states!r}, expected False, True or 'layers'")
+        if return_logits not in ("last", "all") and not (isinstance(return_logits, int) and return_logits >= 1):
+            raise ConfigError(f"return_logits is {return_logits!r}, expected 'last', 'all' or an int >= 1")
+        admitted = []
+        for row in token_ids:
+            ids = prompt_input.checked_ids(row, self.spec.vocab)
+            prompt_input.check_length(len(ids), self.max_seq_len)
+            n_returned = {"last": 1, "all": len(ids)}.get(return_logits) or min(return_logits, len(ids))
+            self._n_submitted += 1
+            admitted.append((self._n_submitted, ids, Probe(len(ids), len(ids) - n_returned, self.spec,
+                                                           return_hidden_states)))
+        tasks = [task for _, _, task in admitted]
+        with self._running(admitted) as sequences:
+            while not all(sequence.task.is_finished for sequence in sequences):
+                self._loop.step()
+        return ForwardOutput([task.logits for task in tasks],
+                             [task.hidden for task in tasks] if return_hidden_states else None)
+
+    def plan(self):
+        """The MemoryPlan this engine runs under."""
+        return self._plan
+
+    def explain(self):
+        """What runs where and why, as text: lane, layers, pools and their ledgers, tensors left unread."""
+        return explain(self)
+
+    def stats(self):
+        """Counters since the engine opened, as a dict."""
+        pools = {f"{spec.kind}_pages": {"total": pages.n_pages, "free": pages.n_free}
+                 for spec, pages in zip(self.kv_cache.specs, self.kv_cache.allocators, strict=True)}
+        return {**self._counts, "steps": self.scheduler.n_steps, "preemptions": self.scheduler.n_preemptions,
+                "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), **pools}
+
+    def _generate_all(self, prompts, params, admit):
+        """One output a prompt; an item that admit() refuses becomes an error output."""
+        if params is None or isinstance(params, SamplingParams):
+            params = [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise ParamsError(f"{len(params)} SamplingParams for {len(prompts)} prompts, expected one, or one a prompt")
+        admitted = []
+        for prompt, one in zip(prompts, params, strict=True):
+            try:
+                admitted.append(admit(prompt, one))
+            except RawgemError as error:
+                self._counts["requests"] += 1
+                self._counts["errors"] += 1
+                admitted.append(RequestOutput(finish_reason="error", error=error, metrics=RequestMetrics()))
+        return self._run(admitted)
+
+    def _admit(self, prompt, params):
+        """Checks one request; returns (number, token ids, Generation). Raises PromptError, ParamsError."""
+        self._n_submitted += 1
+        params = self.default_params if params is None else params
+        self._check_params(params)
+        ids = prompt_input.token_ids_of(prompt, self.tokenizer, self.spec.vocab)
+        prompt_input.check_length(len(ids), self.max_seq_len - 1, "the prompt, before the first generated token,")
+        seed = request_seed(self.config.seed, self._n_submitted) if params.seed is None else params.seed
+        detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
+        return self._n_submitted, ids, Generation(ids, params, seed, self.eos_ids, detokenizer, self.max_seq_len)
+
+    def _check_params(self, params):
+        if not isinstance(params, SamplingParams):
+            raise ParamsError(f"params is of type {type(params).__name__}, expected SamplingParams")
+        vocab = self.spec.vocab
+        for name, ids in (("logit_bias", params.logit_bias or ()), ("stop_token_ids", params.stop_token_ids)):
+            if outside := [i for i in ids if i >= vocab]:
+                raise ParamsError(f"SamplingParams: {name} has token {outside[0]}, outside the vocabulary of {vocab}")
+        for name in ("n_logprobs", "prompt_logprobs"):
+            if getattr(params, name) > vocab:
+                raise ParamsError(f"SamplingParams: {name} is {getattr(params, name)}, the vocabulary has {vocab} tokens")
+        if params.stop and self.tokenizer is None:
+            raise ParamsError("SamplingParams: stop strings need a tokenizer, and the checkpoint has none; use "
+                              "stop_token_ids")
+
+    def _run(self, admitted):
+        """Runs admitted requests to their end; returns the outputs, those refused already in their places."""
+        waiting = [one for one in admitted if not isinstance(one, RequestOutput)]
+        with self._running(waiting) as sequences, self._bar(len(admitted), "generating", unit="prompt") as bar:
+            bar.update(len(admitted) - len(waiting))
+            tasks = [sequence.task for sequence in sequences]
+            n_done = 0
+            while n_done < len(tasks):
+                self._loop.step()
+                n_now = sum(task.is_finished for task in tasks)
+                if not bar.disable:
+                    n_tokens = sum(len(task.output.token_ids) for task in tasks)
+                    bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} tokens/s", refresh=False)
+                    bar.update(n_now - n_done)
+                n_done = n_now
+        return [one if isinstance(one, RequestOutput) else one[2].output for one in admitted]
+
+    def _stream(self, number, ids, task):
+        with self._running([(number, ids, task)]):
+            while True:
+                if not task.is_finished:
+                    self._loop.step()
+                text, token_ids = task.piece()
+                if text or token_ids or task.is_finished:
+                    yield StreamPiece(text, token_ids, task.output.finish_reason)
+                if task.is_finished:
+                    return
+
+    @contextmanager
+    def _running(self, admitted):
+        """Submits (number, ids, task) triples; whatever way the block is left, what has not ended by then is aborted."""
+        sequences = [self._loop.submit(*one) for one in admitted]
+        try:
+            yield sequences
+        finally:
+            for sequence in sequences:
+                self._loop.withdraw(sequence)
+                if isinstance(sequence.task, Generation):
+                    self._count(sequence)
+
+    def _count(self, sequence):
+        task, output = sequence.task, sequence.task.output
+        if not task.is_finished:
+            task.finish("abort")
+        output.metrics.n_preemptions = sequence.n_preemptions
+        self._counts["requests"] += 1
+        self._counts["aborted" if output.finish_reason == "abort" else "finished"] += 1
+        self._counts["prompt_tokens"] += len(output.prompt_token_ids)
+        self._counts["generated_tokens"] += len(output.token_ids)
+
+    def _bar(self, total, what, **options):
+        from tqdm import tqdm                                   # not needed to import the engine
+        return tqdm(total=total, desc=what, disable=None if self.config.progress else True, leave=False, **options)
+
+
+def plan(model, memory_bytes=None, **arguments):
+    """The MemoryPlan of a model under LLM arguments, from its config.json alone: needs no GPU and no weights.
+
+    memory_bytes  memory to plan with; None is this host's. device="cuda" plans bfloat16 and needs it given
+    """
+    config = EngineConfig(**arguments)
+    spec = describe(Config.load(resolve(model, progress=config.progress)))
+    on_gpu = config.device.startswith(("cuda", "emulated"))
+    if on_gpu and memory_bytes is None:
+        raise ConfigError(f"plan for device {config.device!r} needs memory_bytes, the memory of the GPU planned for")
+    if not on_gpu:
+        open_lane(config.device, config.dtype)
+    return plan_memory(spec, config, 2 if on_gpu else 4, memory_bytes)
+
+
+def _config_eos(config):
+    """End-of-text ids of config.json, for checkpoints whose generation config names none."""
+    text = config.section("text_config", config)
+    ids = config.values.get("eos_token_id") or text.values.get("eos_token_id") or ()
+    ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
+    if not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise config.error("eos_token_id", "a token id or a list of them")
+    return ids

@@ -1,0 +1,77 @@
+"""The loop of an engine: schedule → run → sample → append, one step at a time."""
+
+from engine.batch import Batch
+from engine.sampler import LogitEdits, SamplingBatch, apply_edits, sample
+from engine.sequence import Sequence
+
+
+class Loop:
+    """Runs every submitted sequence to its end. Owns the scheduler; knows nothing of text or files."""
+
+    def __init__(self, layers, scheduler, kv_cache, workspace):
+        self.layers, self.scheduler, self.kv_cache, self.workspace = layers, scheduler, kv_cache, workspace
+
+    def submit(self, number, tokens, task):
+        """Queues token ids for `task` (a Generation or a Probe); returns the Sequence."""
+        sequence = Sequence(number, list(tokens), task, self.kv_cache.new_page_lists())
+        self.scheduler.add(sequence)
+        return sequence
+
+    def withdraw(self, sequence):
+        """Takes a sequence out before its end; does nothing if it has ended."""
+        if not sequence.task.is_finished:
+            self.scheduler.remove(sequence)
+
+    def step(self):
+        """Computes one batch and hands what came of it to the tasks."""
+        work = self.scheduler.next_batch()
+        batch = Batch.build(work, self.kv_cache)
+        spans = list(zip(work, batch.pools[0].cu_seqlens.tolist(), strict=False))
+        probes = [(sequence, first, n) for (sequence, n), first in spans if sequence.task.hidden is not None]
+        states = self.layers.run(batch, _capture(probes) if any(s.task.all_layers for s, _, _ in probes) else None)
+        for sequence, first, n in probes:
+            if not sequence.task.all_layers:
+                sequence.task.hidden[sequence.n_cached:sequence.n_cached + n] = states[first:first + n]
+        to_sample = []
+        for (sequence, n), first in spans:
+            stop = sequence.n_cached + n                        # positions before it are computed now
+            if sequence.task.samples and stop == len(sequence.tokens):
+                to_sample.append((sequence, first + n - 1))
+                stop -= 1
+            self._take(sequence, states[first:first + n], stop)
+        self.scheduler.commit(work)
+        for at in range(0, len(to_sample), self.workspace.max_logit_rows):
+            self._sample(to_sample[at:at + self.workspace.max_logit_rows], states)
+        for sequence, _ in work:
+            if sequence.task.is_finished:
+                self.scheduler.remove(sequence)
+
+    def _take(self, sequence, states, stop):
+        """Hands out the logits of positions next_logit..stop that the task wants, in blocks that fit the workspace."""
+        start = sequence.n_cached
+        while sequence.next_logit < stop:
+            begin = sequence.next_logit
+            end = min(stop, begin + self.workspace.max_logit_rows)
+            sequence.task.take(begin, self.layers.logits(states[begin - start:end - start]))
+            sequence.next_logit = end
+
+    def _sample(self, rows, states):
+        """Picks and appends the next token of each (sequence, row of states)."""
+        tasks = [sequence.task for sequence, _ in rows]
+        logits = self.layers.logits(states[[row for _, row in rows]])
+        raw = logits.copy() if any(task.params.n_logprobs for task in tasks) else logits
+        apply_edits(logits, LogitEdits.build(task.edits() for task in tasks))
+        chosen = sample(logits, SamplingBatch.build(task.rule() for task in tasks)).tolist()
+        for i, ((sequence, _), token) in enumerate(zip(rows, chosen, strict=True)):
+            sequence.tokens.append(token)
+            sequence.next_logit += 1
+            sequence.task.append(token, raw[i:i + 1])
+
+
+def _capture(probes):
+    """The callback that copies the residual stream into the probes which asked for every layer."""
+    def capture(j, residual):
+        for sequence, first, n in probes:
+            if sequence.task.all_layers:
+                sequence.task.hidden[j, sequence.n_cached:sequence.n_cached + n] = residual[first:first + n]
+    return capture

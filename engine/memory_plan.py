@@ -1,0 +1,161 @@
+"""MemoryPlan: what fits where, computed from shapes alone, before a byte is allocated."""
+
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+
+from engine.errors import ConfigError, MemoryPlanError
+from engine.kv_cache import PoolSpec, pool_specs
+from engine.weights import n_weights
+from engine.workspace import Workspace
+
+HOST_SHARE = 4      # by default the KV cache takes a quarter of the host memory that is left: other programs live there
+
+
+@dataclass(frozen=True)
+class PoolPlan:
+    """One KV pool. page_bytes counts K and V of all its layers; seq_pages is what one longest sequence holds."""
+
+    spec: PoolSpec
+    n_pages: int
+    page_size: int
+    page_bytes: int
+    seq_pages: int
+
+    @property
+    def kind(self):
+        return self.spec.kind
+
+    @property
+    def n_bytes(self):
+        return self.n_pages * self.page_bytes
+
+    @property
+    def token_bytes(self):
+        return self.page_bytes // self.page_size
+
+    @property
+    def n_tokens(self):
+        return self.n_pages * self.page_size
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes of weights, KV pools and workspace in `memory_bytes`; the longest sequence accepted is max_seq_len."""
+
+    memory_bytes: int
+    weights_bytes: int
+    workspace_bytes: int
+    pools: tuple
+    max_seq_len: int
+    max_seqs: int
+
+    @property
+    def kv_bytes(self):
+        return sum(pool.n_bytes for pool in self.pools)
+
+    @property
+    def free_bytes(self):
+        return self.memory_bytes - self.weights_bytes - self.workspace_bytes - self.kv_bytes
+
+    @property
+    def n_full_seqs(self):
+        """How many sequences of max_seq_len tokens fit side by side."""
+        return min((pool.n_pages // pool.seq_pages for pool in self.pools), default=0)
+
+    def __str__(self):
+        rows = [("weights", self.weights_bytes, "")]
+        for pool in self.pools:
+            rows.append((f"KV {pool.kind}", pool.n_bytes, f"{pool.n_pages} pages of {pool.page_size}: {pool.n_tokens} "
+                         f"tokens, {pool.token_bytes} bytes a token in {len(pool.spec.layers)} layers"))
+        rows += [("workspace", self.workspace_bytes, ""), ("free", self.free_bytes, "")]
+        lines = [f"{name:<18}{n_bytes / 2**20:>12.1f} MiB  {note}".rstrip() for name, n_bytes, note in rows]
+        lines.append(f"longest sequence {self.max_seq_len} tokens; {self.n_full_seqs} of that length at once")
+        return "\n".join(lines)
+
+
+def plan_memory(spec, config, itemsize, memory_bytes=None):
+    """The MemoryPlan of a ModelSpec under an EngineConfig, with weights and KV of `itemsize` bytes.
+
+    memory_bytes  what there is to plan with, of which `memory_fraction` is used; None is this host's memory, of which
+                  the KV cache takes at most a quarter by default
+    Raises MemoryPlanError when weights, workspace and one sequence do not fit, ConfigError for an impossible length.
+    """
+    limit = config.max_seq_len or spec.max_positions
+    if limit > spec.max_positions:
+        raise ConfigError(f"max_seq_len is {limit}, the model's max_position_embeddings is {spec.max_positions}")
+    weights_bytes = n_weights(spec) * itemsize
+    workspace_bytes = itemsize * sum(map(prod, Workspace.shapes(spec, config.max_batch_tokens, config.max_seqs).values()))
+    memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
+    left = memory - weights_bytes - workspace_bytes
+    kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)
+    if kv_bytes > left:
+        came = f"kv_cache_bytes of {kv_bytes}" if config.kv_cache_bytes else "nothing of it left for the KV cache"
+        raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {workspace_bytes} of workspace "
+                              f"with {came}; lower kv_cache_bytes, max_batch_tokens or max_seqs, or use a larger memory")
+    specs = pool_specs(spec)
+    page_bytes = [pool.token_bytes(itemsize) * config.page_size for pool in specs]
+    fits = _longest_that_fits(specs, config.page_size, page_bytes, kv_bytes, limit)
+    if fits < (config.max_seq_len or 1):
+        raise MemoryPlanError(f"a KV cache of {kv_bytes} bytes holds one sequence of {fits} tokens, max_seq_len is "
+                              f"{config.max_seq_len or 'at least 1'}; raise kv_cache_bytes or lower max_seq_len")
+    n_pages = _size_pools(specs, config, page_bytes, kv_bytes, fits)
+    pools = tuple(PoolPlan(pool, n, config.page_size, size, pool.pages_needed(fits, config.page_size))
+                  for pool, n, size in zip(specs, n_pages, page_bytes, strict=True))
+    return MemoryPlan(memory, weights_bytes, workspace_bytes, pools, fits, config.max_seqs)
+
+
+def _longest_that_fits(specs, page_size, page_bytes, kv_bytes, limit):
+    """The largest n <= limit such that one sequence of n tokens fits kv_bytes; 0 if none."""
+    def fits(n):
+        return sum(pool.pages_needed(n, page_size) * size for pool, size in zip(specs, page_bytes, strict=True)) <= kv_bytes
+    low, high = 0, limit
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _size_pools(specs, config, page_bytes, kv_bytes, max_seq_len):
+    """Pages of each pool: one longest sequence first, then up to max_seqs of them. Where that is more than there is,
+    sliding pools get at most half of the rest: short sequences need as many pages of one kind as of the other."""
+    size = config.page_size
+    base = [pool.pages_needed(max_seq_len, size) for pool in specs]
+    # Beyond its window a sliding pool also holds, for a moment, the tokens of the step at hand.
+    most = [min(config.max_seqs * -(-max_seq_len // size),
+                config.max_seqs * (pages + 1) + -(-config.max_batch_tokens // size)) if pool.window else
+            config.max_seqs * pages for pool, pages in zip(specs, base, strict=True)]
+    pages, rest = list(base), kv_bytes - sum(n * b for n, b in zip(base, page_bytes, strict=True))
+    sliding = [i for i, pool in enumerate(specs) if pool.window]
+    others = [i for i, pool in enumerate(specs) if not pool.window]
+    for group, share in ((sliding, rest // 2 if others else rest), (others, None), (sliding, None)):
+        wanted = sum((most[i] - pages[i]) * page_bytes[i] for i in group)
+        granted = min(wanted, rest if share is None else share)
+        for i in group:
+            more = (most[i] - pages[i]) * granted // wanted if wanted else 0
+            pages[i] += more
+            rest -= more * page_bytes[i]
+    return pages
+
+
+def host_memory_left():
+    """Bytes this process may still take: what the machine has available, within what its cgroup leaves."""
+    available = None
+    for line in _read("/proc/meminfo").splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+    if available is None:                               # not Linux: sysconf knows the total
+        import os
+        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
+    if limit.isdecimal() and used.isdecimal():
+        cached = dict(line.split() for line in _read("/sys/fs/cgroup/memory.stat").splitlines()).get("inactive_file", 0)
+        available = min(available, int(limit) - int(used) + int(cached))
+    return available
+
+
+def _read(path):
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""

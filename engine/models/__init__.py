@@ -1,0 +1,6 @@
+"""Models as data: `describe(config)` turns a config.json into a ModelSpec, or refuses it by name."""
+
+from engine.models.registry import describe
+from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec
+
+__all__ = ["AttentionSpec", "DenseSpec", "LayerSpec", "ModelSpec", "RopeSpec", "describe"]

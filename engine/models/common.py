@@ -1,0 +1,32 @@
+"""Config readings that the Gemma families share."""
+
+SLIDING, GLOBAL = "sliding_attention", "full_attention"
+
+
+def layer_types(config, n_layers, pattern):
+    """The kind of each layer: the list in the file, else every `pattern`-th layer is global."""
+    listed = config.list("layer_types", None, length=n_layers, one_of=(SLIDING, GLOBAL))
+    return listed or [GLOBAL if (i + 1) % pattern == 0 else SLIDING for i in range(n_layers)]
+
+
+def kv_heads(config, key, n_heads, default):
+    """A number of KV heads, which must divide the query heads."""
+    n_kv_heads = config.int(key, default)
+    if n_heads % n_kv_heads:
+        raise config.error(key, f"a divisor of the {n_heads} query heads")
+    return n_kv_heads
+
+
+def head_dim(config, key, default):
+    """A head dimension, which RoPE needs even."""
+    dim = config.int(key, default)
+    if dim % 2:
+        raise config.error(key, "an even int: RoPE rotates pairs")
+    return dim
+
+
+def refuse_unknown(section, allowed):
+    """Raises ConfigError for a key of `section` outside `allowed`."""
+    for key in section:
+        if key not in allowed:
+            raise section.error(key, "no field but " + ", ".join(allowed))

@@ -1,0 +1,99 @@
+"""What a model is, as values. A new variant is a new spec type, and a branch in the layer scheduler that knows it."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """Rotary embedding in split-half pairs (j, j + head_dim/2), of which the first `n_pairs` rotate.
+
+    theta    base of the frequencies
+    factor   divides every frequency (linear position interpolation)
+    partial  share of the head's dimensions that rotate; the exponent still divides by the whole head_dim
+    """
+
+    theta: float
+    factor: float = 1.0
+    partial: float = 1.0
+
+    def n_pairs(self, head_dim):
+        return int(self.partial * head_dim // 2)
+
+    def inv_freq(self, head_dim):
+        """theta^(-2j / head_dim) / factor, float32 [n_pairs(head_dim)], each rounded once from float64."""
+        j = np.arange(self.n_pairs(head_dim), dtype=np.float64)
+        return (self.theta ** (-2 * j / head_dim) / self.factor).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """Grouped-query attention with per-head RMSNorm on q and k; query head h reads KV head h // (n_heads / n_kv_heads).
+
+    window    keys a token sees, itself included; None is every earlier one (a global layer)
+    v_norm    v goes through a weight-less RMSNorm
+    v_is_k    there is no v projection: v is the k projection before k's norm and RoPE
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_dim: int
+    scale: float
+    rope: RopeSpec
+    window: int | None = None
+    v_norm: bool = False
+    v_is_k: bool = False
+
+    @property
+    def q_width(self):
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_width(self):
+        return self.n_kv_heads * self.head_dim
+
+    @property
+    def qkv_width(self):
+        """Columns of the fused projection: q, k, and v where it has a projection of its own."""
+        return self.q_width + self.kv_width * (1 if self.v_is_k else 2)
+
+
+@dataclass(frozen=True)
+class DenseSpec:
+    """down(gelu_tanh(gate(x)) * up(x))"""
+
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder block: x += norm(attention(norm(x))); x += norm(mlp(norm(x))); x *= layer_scalar where it has one."""
+
+    attention: AttentionSpec
+    mlp: DenseSpec
+    layer_scalar: bool = False
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A decoder-only text model.
+
+    norm_offset     RMSNorm multiplies by (weight + norm_offset)
+    embed_scale     multiplies embedding rows, not the head; rounded to the weights' dtype where that is bfloat16
+    logit_softcap   c in c * tanh(logits / c), or None
+    tied            the head is the embedding matrix; a separate head is used only if the checkpoint has one
+    unused          name prefixes of tensors that a text run does not read (vision and audio parts)
+    """
+
+    architecture: str
+    hidden: int
+    vocab: int
+    layers: tuple
+    norm_eps: float
+    norm_offset: float
+    embed_scale: float
+    logit_softcap: float | None
+    max_positions: int
+    tied: bool
+    unused: tuple = ()

@@ -1,0 +1,67 @@
+"""What a caller passes as a prompt → token ids, or a PromptError that says what is wrong with it."""
+
+import numbers
+
+from engine.errors import PromptError
+
+KEYS = ("prompt", "token_ids", "images", "videos")
+
+
+def is_single(prompts):
+    """Whether `prompts` is one prompt (text, a dict, a list of ids) and not a list of them."""
+    if isinstance(prompts, (str, dict)):
+        return True
+    prompts = list(prompts)
+    return bool(prompts) and all(_is_id(item) for item in prompts)
+
+
+def token_ids_of(prompt, tokenizer, vocab):
+    """The token ids of one prompt: a str, ids, or {"prompt" | "token_ids": ...}. Raises PromptError."""
+    if isinstance(prompt, dict):
+        if unknown := [key for key in prompt if key not in KEYS]:
+            raise PromptError(f"a prompt dict has key {unknown[0]!r}, expected {', '.join(KEYS)}")
+        if prompt.get("images") or prompt.get("videos"):
+            raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
+        given = [key for key in ("prompt", "token_ids") if prompt.get(key) is not None]
+        if len(given) != 1:
+            raise PromptError(f"a prompt dict has {' and '.join(given) or 'neither'}, expected one of prompt, token_ids")
+        prompt = prompt[given[0]]
+        if isinstance(prompt, str) != (given[0] == "prompt"):
+            raise PromptError(f"{given[0]} is of type {type(prompt).__name__}, expected "
+                              + ("a str" if given[0] == "prompt" else "a list of ids"))
+    if isinstance(prompt, str):
+        if tokenizer is None:
+            raise PromptError("the prompt is text, but the checkpoint has no tokenizer files; pass token ids")
+        if not prompt:
+            raise PromptError("the prompt is empty; to begin from nothing pass the id of the begin-of-text token",
+                              n_tokens=0)
+        return checked_ids(tokenizer.encode(prompt), vocab)
+    return checked_ids(prompt, vocab)
+
+
+def checked_ids(ids, vocab):
+    """`ids` as a list of Python ints, every one inside the vocabulary. Raises PromptError."""
+    try:
+        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
+    except TypeError:
+        raise PromptError(f"the prompt is of type {type(ids).__name__}, expected a str, a list of token ids, or a "
+                          "dict with prompt or token_ids") from None
+    if not ids:
+        raise PromptError("the prompt is empty, expected at least one token", n_tokens=0)
+    for i, token in enumerate(ids):
+        if not _is_id(token):
+            raise PromptError(f"token {i} of the prompt is {token!r}, expected an int")
+        if not 0 <= token < vocab:
+            raise PromptError(f"token {i} of the prompt is {token}, outside the vocabulary of {vocab}")
+    return [int(token) for token in ids]
+
+
+def check_length(n_tokens, limit, what="the prompt"):
+    """Raises PromptError when more than `limit` tokens came."""
+    if n_tokens > limit:
+        raise PromptError(f"{what} has {n_tokens} tokens, at most {limit} fit; shorten it or raise max_seq_len",
+                          n_tokens=n_tokens, limit=limit)
+
+
+def _is_id(item):
+    return isinstance(item, numbers.Integral) and not isinstance(item, bool)

@@ -1,0 +1,74 @@
+"""Continuous batching: which sequences a step computes, and how many tokens of each."""
+
+from bisect import insort
+
+
+class Scheduler:
+    """Mixes decoding and chunked prefill under `max_batch_tokens`, with at most `max_seqs` sequences at once.
+
+    Sequences that waited longest come first, decodes before prefills, then in order of submission. When pages run out
+    the newest sequence gives back all of its own and is recomputed later. The oldest one can always go on, because the
+    cache holds at least one sequence of the largest length the engine accepts: so every sequence finishes.
+    """
+
+    def __init__(self, kv_cache, max_seqs, max_batch_tokens):
+        self.kv_cache, self.max_seqs, self.max_batch_tokens = kv_cache, max_seqs, max_batch_tokens
+        self.waiting, self.running = [], []
+        self.n_steps = self.n_preemptions = 0
+
+    def add(self, sequence):
+        """Queues a sequence, in submission order."""
+        insort(self.waiting, sequence, key=lambda s: s.number)
+
+    def next_batch(self):
+        """[(sequence, n tokens)] to compute now, pages reserved; empty when nothing is left to do."""
+        self.n_steps += 1
+        work, budget = {}, self.max_batch_tokens
+        for sequence in sorted(self.running, key=lambda s: (s.last_step, s.n_left > 1, s.number)):
+            if budget and sequence in self.running:
+                n, returned = self._reserve(sequence, min(budget, sequence.n_left), work)
+                budget += returned - n
+        while budget and self.waiting and len(self.running) < self.max_seqs:
+            sequence = self.waiting[0]
+            if not self.kv_cache.could_hold(len(sequence.tokens)):
+                break
+            self.running.append(self.waiting.pop(0))
+            n, _ = self._reserve(sequence, min(budget, sequence.n_left), work)
+            budget -= n
+        for sequence in work:
+            sequence.last_step = self.n_steps
+        return list(work.items())
+
+    def commit(self, work):
+        """Marks a computed batch as cached and gives back the pages its windows have passed."""
+        for sequence, n in work:
+            sequence.n_cached += n
+            self.kv_cache.trim(sequence)
+
+    def remove(self, sequence):
+        """Forgets a finished or aborted sequence; its pages are free again."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.kv_cache.release(sequence)
+
+    def _reserve(self, sequence, n, work):
+        """Puts up to n tokens of `sequence` into `work`, preempting newer sequences for its first if need be.
+
+        Returns (tokens put, tokens taken out of work with preempted sequences); puts 0 if it was preempted itself.
+        """
+        returned = 0
+        while not (got := self.kv_cache.reserve(sequence, n)):
+            newest = max(self.running, key=lambda s: s.number)
+            self._preempt(newest)
+            returned += work.pop(newest, 0)
+            if newest is sequence:
+                return 0, returned
+        work[sequence] = got
+        return got, returned
+
+    def _preempt(self, sequence):
+        self.kv_cache.release(sequence)
+        sequence.n_cached = 0
+        sequence.n_preemptions += 1
+        self.n_preemptions += 1
+        self.running.remove(sequence)
+        self.add(sequence)

@@ -1,0 +1,160 @@
+"""Checkpoint tensors → device arrays: q/k/v and gate/up fused, every tensor of the file accounted for.
+
+The only file that knows how checkpoints spell their tensors.
+"""
+
+import difflib
+from dataclasses import dataclass, field
+from math import prod
+
+from engine.errors import CheckpointError
+
+# Released text-only files, released multimodal files, and what recent transformers calls them in memory and saves.
+# Tried in this order: "model." also begins "model.language_model.".
+PREFIXES = ("language_model.model.", "model.language_model.", "model.")
+HEADS = ("lm_head.weight", "language_model.lm_head.weight")
+EMBED = "embed_tokens.weight"
+
+
+@dataclass(frozen=True)
+class Target:
+    """One array of the engine: the rows of `parts`, ((checkpoint name, shape), ...), one below the other."""
+
+    name: str
+    parts: tuple
+    is_norm: bool = False
+
+    @property
+    def shape(self):
+        first = self.parts[0][1]
+        return (sum(shape[0] for _, shape in self.parts), *first[1:])
+
+
+@dataclass
+class LayerWeights:
+    """Arrays of one layer; linears are [out, in]. qkv stacks q, k and (unless v is k) v; gate_up stacks both halves."""
+
+    input_norm: object = None
+    qkv: object = None
+    q_norm: object = None
+    k_norm: object = None
+    o: object = None
+    post_attention_norm: object = None
+    pre_mlp_norm: object = None
+    gate_up: object = None
+    down: object = None
+    post_mlp_norm: object = None
+    layer_scalar: object = None
+
+
+@dataclass
+class Weights:
+    """Arrays of a model. `head` is `embed` where they are tied. `norm_offset` is what RMSNorm still has to add.
+
+    unused    names in the file that this run does not read
+    """
+
+    embed: object = None
+    norm: object = None
+    head: object = None
+    layers: list = field(default_factory=list)
+    norm_offset: float = 0.0
+    unused: tuple = ()
+
+
+def targets(spec, untied_head=False):
+    """Every array that a ModelSpec needs, with the checkpoint tensors (prefix stripped) that fill it."""
+    hidden = spec.hidden
+    yield Target("embed", ((EMBED, (spec.vocab, hidden)),))
+    for i, layer in enumerate(spec.layers):
+        attention, wide = layer.attention, layer.mlp.intermediate
+        def target(name, *parts, at=f"layers.{i}.", is_norm=False):
+            return Target(at + name, tuple((f"{at}{tensor}", shape) for tensor, shape in parts), is_norm)
+        qkv = [("self_attn.q_proj.weight", (attention.q_width, hidden)),
+               ("self_attn.k_proj.weight", (attention.kv_width, hidden))]
+        if not attention.v_is_k:
+            qkv.append(("self_attn.v_proj.weight", (attention.kv_width, hidden)))
+        yield target("input_norm", ("input_layernorm.weight", (hidden,)), is_norm=True)
+        yield target("qkv", *qkv)
+        yield target("q_norm", ("self_attn.q_norm.weight", (attention.head_dim,)), is_norm=True)
+        yield target("k_norm", ("self_attn.k_norm.weight", (attention.head_dim,)), is_norm=True)
+        yield target("o", ("self_attn.o_proj.weight", (hidden, attention.q_width)))
+        yield target("post_attention_norm", ("post_attention_layernorm.weight", (hidden,)), is_norm=True)
+        yield target("pre_mlp_norm", ("pre_feedforward_layernorm.weight", (hidden,)), is_norm=True)
+        yield target("gate_up", ("mlp.gate_proj.weight", (wide, hidden)), ("mlp.up_proj.weight", (wide, hidden)))
+        yield target("down", ("mlp.down_proj.weight", (hidden, wide)))
+        yield target("post_mlp_norm", ("post_feedforward_layernorm.weight", (hidden,)), is_norm=True)
+        if layer.layer_scalar:
+            yield target("layer_scalar", ("layer_scalar", (1,)))
+    yield Target("norm", (("norm.weight", (hidden,)),), is_norm=True)
+    if untied_head:
+        yield Target("head", ((HEADS[0], (spec.vocab, hidden)),))
+
+
+def n_weights(spec):
+    """Elements of all arrays, the tied head counted once."""
+    return sum(prod(target.shape) for target in targets(spec))
+
+
+@dataclass(frozen=True)
+class Account:
+    """Where each tensor of a checkpoint goes: `names` maps expected names to the file's, `unused` are left unread."""
+
+    names: dict
+    unused: tuple
+    untied_head: bool
+
+
+def account(spec, tensors):
+    """Matches a checkpoint's tensors (name → object with .shape) with what `spec` needs.
+
+    Raises CheckpointError for a tensor that is missing, of another shape, or that nothing in the model uses, and
+    names the nearest candidate.
+    """
+    prefix = next((p for p in PREFIXES if p + EMBED in tensors), None)
+    if prefix is None:
+        raise CheckpointError(f"no {EMBED} under any of the known prefixes ({', '.join(PREFIXES)}); the checkpoint "
+                              f"begins with {', '.join(sorted(tensors)[:3])}")
+    head = next((name for name in HEADS if name in tensors), None)
+    untied_head = not spec.tied and head is not None
+    names, shapes = {}, {}
+    for target in targets(spec, untied_head):
+        for tensor, shape in target.parts:
+            names[tensor], shapes[tensor] = head if tensor == HEADS[0] else prefix + tensor, shape
+    used = set(names.values())
+    unused = tuple(name for name in tensors if name not in used and (name == head or name.startswith(spec.unused)))
+    surplus = [name for name in tensors if name not in used and name not in unused]
+    for tensor, name in names.items():
+        if name not in tensors:
+            raise CheckpointError(f"the checkpoint has no {name} {list(shapes[tensor])}{_nearest(name, surplus)}")
+        if tuple(tensors[name].shape) != shapes[tensor]:
+            raise CheckpointError(f"{name} is {list(tensors[name].shape)}, expected {list(shapes[tensor])} by config.json")
+    if surplus:
+        raise CheckpointError(f"{surplus[0]} is not a tensor of {spec.architecture} with {len(spec.layers)} layers"
+                              + _nearest(surplus[0], used) + (f" ({len(surplus)} such)" if len(surplus) > 1 else ""))
+    return Account(names, unused, untied_head)
+
+
+def load(spec, checkpoint, lane, progress):
+    """Reads `checkpoint` (loaders.safetensors) into arrays of `lane`; `progress(n_bytes)` is called as bytes arrive."""
+    accounts = account(spec, checkpoint.tensors)
+    weights = Weights(layers=[LayerWeights() for _ in spec.layers], unused=accounts.unused,
+                      norm_offset=0.0 if lane.folds_norm_offset else spec.norm_offset)
+    for target in targets(spec, accounts.untied_head):
+        array, row = lane.empty(target.shape), 0
+        for tensor, shape in target.parts:
+            name = accounts.names[tensor]
+            checkpoint.read_into(name, array[row:row + shape[0]])
+            row += shape[0]
+            progress(checkpoint.tensors[name].n_bytes)
+        if target.is_norm and lane.folds_norm_offset:
+            array += spec.norm_offset
+        owner, _, attribute = target.name.rpartition(".")
+        setattr(weights.layers[int(owner.split(".")[1])] if owner else weights, attribute, array)
+    weights.head = weights.embed if weights.head is None else weights.head
+    return weights
+
+
+def _nearest(name, candidates):
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
+    return f"; the nearest name is {close[0]}" if close else ""
