@@ -1,4 +1,4 @@
-"""Batch: what one step computes, as flat int32 arrays: tokens, positions, slots, page tables, offsets."""
+"""Batch: what one step computes, flat over its new tokens: ids, positions, slots, and where the keys are."""
 
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -11,26 +11,41 @@ import numpy as np
 class PagedBatch:
     """How one pool's attention finds the keys of a ragged batch.
 
-    page_table   [n_seqs, most pages held] int32; row i column j holds positions from (first_page[i] + j) * page_size on
-    first_page   [n_seqs] int32
+    lists        the rows' PageLists, as of this step
     slots        [n_tokens] int32: page * page_size + offset, where each new token's k and v go
-    cu_seqlens   [n_seqs + 1] int32: row i's new tokens are cu_seqlens[i]..cu_seqlens[i + 1]
-    context_lens [n_seqs] int32: positions of row i in the cache once its new tokens are written
+    rows         [(first new token, end, context length)]: the row's new tokens, and how many positions of it are in the
+                 cache once they are written
     """
 
-    page_table: np.ndarray
-    first_page: np.ndarray
+    lists: list
     slots: np.ndarray
-    cu_seqlens: np.ndarray
-    context_lens: np.ndarray
+    rows: list
     page_size: int
     _extents: dict = field(default_factory=dict)
 
     @cached_property
-    def rows(self):
-        """[(first new token, end, context length)] as Python ints."""
-        offsets = self.cu_seqlens.tolist()
-        return list(zip(offsets, offsets[1:], self.context_lens.tolist(), strict=False))
+    def page_table(self):
+        """[n_seqs, most pages held] int32, -1 beyond a row's own pages: row i column j holds the positions from
+        (first_page[i] + j) * page_size on."""
+        table = np.full((len(self.lists), max(len(held.pages) for held in self.lists)), -1, np.int32)
+        for row, held in zip(table, self.lists, strict=True):
+            row[:len(held.pages)] = held.pages
+        return table
+
+    @cached_property
+    def first_page(self):
+        """[n_seqs] int32: the logical page of column 0."""
+        return np.array([held.first for held in self.lists], np.int32)
+
+    @cached_property
+    def cu_seqlens(self):
+        """[n_seqs + 1] int32: row i's new tokens are cu_seqlens[i]..cu_seqlens[i + 1]."""
+        return np.array([0, *(end for _, end, _ in self.rows)], np.int32)
+
+    @cached_property
+    def context_lens(self):
+        """[n_seqs] int32: positions of each row in the cache once its new tokens are written."""
+        return np.array([context for _, _, context in self.rows], np.int32)
 
     def runs(self, i, begin, end):
         """Positions begin..end of row i as [(first slot, n)], one entry for each run of neighbouring pages."""
@@ -45,45 +60,45 @@ class PagedBatch:
     def _row_extents(self, i):
         """Row i's pages as [(first position, first slot, n positions)], neighbours joined."""
         if i not in self._extents:
-            first = int(self.first_page[i])
-            n_pages = -(-int(self.context_lens[i]) // self.page_size) - first
-            pages = self.page_table[i, :n_pages]
-            starts = [0, *(np.flatnonzero(np.diff(pages) != 1) + 1).tolist(), n_pages]
-            self._extents[i] = [((first + a) * self.page_size, int(pages[a]) * self.page_size,
-                                 (b - a) * self.page_size) for a, b in pairwise(starts)]
+            pages, first, size = self.lists[i].pages, self.lists[i].first, self.page_size
+            breaks = [0, *(j for j in range(1, len(pages)) if pages[j] != pages[j - 1] + 1), len(pages)]
+            self._extents[i] = [((first + a) * size, pages[a] * size, (b - a) * size) for a, b in pairwise(breaks)]
         return self._extents[i]
 
 
 @dataclass
 class Batch:
-    """One step. `work` is [(sequence, n new tokens)]; the arrays are flat over all new tokens, in that order.
+    """One step. `work` is [(sequence, n new tokens)]; everything else is flat over all new tokens, in that order.
 
     token_ids, positions  [n_tokens] int32
+    starts                [n_seqs] where each sequence's new tokens begin
     pools                 one PagedBatch per KV pool
     """
 
     work: list
     token_ids: np.ndarray
     positions: np.ndarray
+    starts: list
     pools: tuple
 
     @classmethod
     def build(cls, work, kv_cache):
-        """The arrays for `work`, whose pages are already reserved."""
+        """The arrays for `work`, whose pages are already reserved. Plain lists first: most steps decode a few tokens."""
         size = kv_cache.page_size
-        sequences, counts = [sequence for sequence, _ in work], [n for _, n in work]
-        starts = [sequence.n_cached for sequence in sequences]
-        token_ids = np.array([t for s, n in work for t in s.tokens[s.n_cached:s.n_cached + n]], np.int32)
-        cu_seqlens = np.cumsum([0, *counts], dtype=np.int32)
-        context_lens = np.array([start + n for start, n in zip(starts, counts, strict=True)], np.int32)
-        row = np.repeat(np.arange(len(work), dtype=np.int32), counts)
-        positions = np.arange(len(token_ids), dtype=np.int32) + (context_lens - cu_seqlens[1:])[row]
+        token_ids, positions, rows = [], [], []
+        for sequence, n in work:
+            begin, end = sequence.n_cached, sequence.n_cached + n
+            rows.append((len(token_ids), len(token_ids) + n, end))
+            token_ids += sequence.tokens[begin:end]
+            positions += range(begin, end)
         pools = []
         for p in range(len(kv_cache.specs)):
-            table, first = kv_cache.page_table(sequences, p)
-            slots = table[row, positions // size - first[row]] * np.int32(size) + positions % size
-            pools.append(PagedBatch(table, first, slots, cu_seqlens, context_lens, size))
-        return cls(work, token_ids, positions, tuple(pools))
+            lists = [sequence.page_lists[p] for sequence, _ in work]
+            slots = [held.pages[at // size - held.first] * size + at % size
+                     for held, (first, last, _) in zip(lists, rows, strict=True) for at in positions[first:last]]
+            pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size))
+        return cls(work, np.array(token_ids, np.int32), np.array(positions, np.int32), [row[0] for row in rows],
+                   tuple(pools))
 
     @property
     def n_tokens(self):

@@ -7,8 +7,6 @@ of one sequence in every one of those layers. Sliding pools take pages back as s
 from bisect import bisect_left
 from dataclasses import dataclass
 
-import numpy as np
-
 
 @dataclass(frozen=True)
 class PoolSpec:
@@ -67,7 +65,7 @@ class PageAllocator:
         assert n <= self.n_free
         pages = []
         while len(pages) < n:
-            start = self._find(pages[-1] if pages else after)
+            start = self._find(pages[-1] if pages else after, n - len(pages))
             i = bisect_left(self._extents, (start + 1,)) - 1
             lo, hi = self._extents[i]
             end = min(hi, start + n - len(pages))
@@ -76,12 +74,13 @@ class PageAllocator:
         self.n_free -= n
         return pages
 
-    def _find(self, after):
+    def _find(self, after, n):
+        """The page to go on from: the one after `after`, or in the largest extent with n behind it where they fit."""
         i = bisect_left(self._extents, (after + 1,)) if after is not None else len(self._extents)
         if i < len(self._extents) and self._extents[i][0] == after + 1:
             return after + 1
         lo, hi = max(self._extents, key=lambda extent: extent[1] - extent[0])
-        return lo if hi - lo == self.n_pages else (lo + hi) // 2
+        return lo if hi - lo == self.n_pages else max(lo, min((lo + hi) // 2, hi - n))
 
     def free(self, pages):
         for page in pages:
@@ -162,11 +161,3 @@ class KVCache:
     @property
     def n_bytes(self):
         return sum(array.nbytes for array in (*self.k, *self.v))
-
-    def page_table(self, sequences, p):
-        """(pages [n_seqs, most pages held] int32, -1 beyond a row's own; first logical page [n_seqs] int32) of pool p."""
-        lists = [sequence.page_lists[p] for sequence in sequences]
-        table = np.full((len(lists), max((len(held.pages) for held in lists), default=0)), -1, np.int32)
-        for row, held in zip(table, lists, strict=True):
-            row[:len(held.pages)] = held.pages
-        return table, np.array([held.first for held in lists], np.int32)

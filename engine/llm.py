@@ -19,7 +19,7 @@ from engine.random import request_seed
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.tasks import Generation, Probe
-from engine.weights import account, load
+from engine.weights import checked_account, load
 from engine.workspace import Workspace
 from loaders.chat_template import ChatTemplate
 from loaders.config import Config
@@ -64,10 +64,10 @@ class LLM:
         self.eos_ids = generation.eos_token_ids or _config_eos(config)
         self.default_params = SamplingParams(**generation.sampling)
         with Checkpoint.open(self.path) as checkpoint:
-            account(self.spec, checkpoint.tensors)              # refuses before anything large is allocated
+            accounts = checked_account(self.spec, checkpoint.tensors)       # before anything large is allocated
             self._plan = plan_memory(self.spec, self.config, self.lane.dtype.itemsize)
             with self._bar(checkpoint.n_bytes, "loading", unit="B", unit_scale=True) as bar:
-                self.weights = load(self.spec, checkpoint, self.lane, bar.update)
+                self.weights = load(self.spec, checkpoint, accounts, self.lane, bar.update)
         self.kv_cache = KVCache([pool.spec for pool in self._plan.pools], [pool.n_pages for pool in self._plan.pools],
                                 page_size, self.lane)
         workspace = Workspace(self.spec, max_batch_tokens, max_seqs, self.lane)
@@ -89,9 +89,10 @@ class LLM:
         A bad item of a list gives an output with finish_reason "error" and .error in its place while the rest finish;
         a single bad prompt raises PromptError or ParamsError.
         """
+        prompts = prompt_input.as_prompts(prompts)
         if prompt_input.is_single(prompts):
             return self._run([self._admit(prompts, params)])[0]
-        return self._generate_all(list(prompts), params, self._admit)
+        return self._generate_all(prompts, params, self._admit)
 
     def chat(self, messages, params=None):
         """Answers a conversation, or a list of them, through the checkpoint's chat template; returns as generate does.
@@ -128,7 +129,7 @@ class LLM:
         return_hidden_states  False | True (after the final norm) | "layers" (embeddings, then after every layer)
         Returns ForwardOutput. Raises PromptError, ConfigError.
         """
-        if images or videos:
+        if any(row is not None for row in (*(images or ()), *(videos or ()))):
             raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
         if return_hidden_states not in (False, True, "layers"):
             raise ConfigError(f"return_hidden_states is {return_hidden_states!r}, expected False, True or 'layers'")
@@ -228,9 +229,10 @@ class LLM:
                 if not task.is_finished:
                     self._loop.step()
                 text, token_ids = task.piece()
-                if text or token_ids or task.is_finished:
+                is_last = task.is_finished                      # while a piece is out, other calls may end the task
+                if text or token_ids or is_last:
                     yield StreamPiece(text, token_ids, task.output.finish_reason)
-                if task.is_finished:
+                if is_last:
                     return
 
     @contextmanager

@@ -18,15 +18,26 @@ class Loop:
         return sequence
 
     def withdraw(self, sequence):
-        """Takes a sequence out before its end; does nothing if it has ended."""
-        if not sequence.task.is_finished:
+        """Takes a sequence out before its end; does nothing if it has left already."""
+        if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
             self.scheduler.remove(sequence)
 
     def step(self):
         """Computes one batch and hands what came of it to the tasks."""
         work = self.scheduler.next_batch()
+        try:
+            self._compute(work)
+            self.scheduler.commit(work)
+        finally:                                                # what has ended leaves, even if something beside it failed
+            for sequence, _ in work:
+                if sequence.task.is_finished:
+                    self.scheduler.remove(sequence)
+
+    def _compute(self, work):
+        """Runs the model over `work` and gives every task its states, logits and next token. Nothing is committed: if
+        this raises, the same tokens are computed again."""
         batch = Batch.build(work, self.kv_cache)
-        spans = list(zip(work, batch.pools[0].cu_seqlens.tolist(), strict=False))
+        spans = list(zip(work, batch.starts, strict=True))
         probes = [(sequence, first, n) for (sequence, n), first in spans if sequence.task.hidden is not None]
         states = self.layers.run(batch, _capture(probes) if any(s.task.all_layers for s, _, _ in probes) else None)
         for sequence, first, n in probes:
@@ -39,12 +50,8 @@ class Loop:
                 to_sample.append((sequence, first + n - 1))
                 stop -= 1
             self._take(sequence, states[first:first + n], stop)
-        self.scheduler.commit(work)
         for at in range(0, len(to_sample), self.workspace.max_logit_rows):
             self._sample(to_sample[at:at + self.workspace.max_logit_rows], states)
-        for sequence, _ in work:
-            if sequence.task.is_finished:
-                self.scheduler.remove(sequence)
 
     def _take(self, sequence, states, stop):
         """Hands out the logits of positions next_logit..stop that the task wants, in blocks that fit the workspace."""

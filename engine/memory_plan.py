@@ -1,8 +1,9 @@
 """MemoryPlan: what fits where, computed from shapes alone, before a byte is allocated."""
 
+import os
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from engine.errors import ConfigError, MemoryPlanError
 from engine.kv_cache import PoolSpec, pool_specs
@@ -10,6 +11,10 @@ from engine.weights import n_weights
 from engine.workspace import Workspace
 
 HOST_SHARE = 4      # by default the KV cache takes a quarter of the host memory that is left: other programs live there
+# Control groups, version 2 and 1: the root, files with a group's limit and use, and what memory.stat calls the part of
+# the use that is file cache, which the kernel drops when asked for memory.
+CGROUPS = (("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+           ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"))
 
 
 @dataclass(frozen=True)
@@ -89,7 +94,7 @@ def plan_memory(spec, config, itemsize, memory_bytes=None):
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
     left = memory - weights_bytes - workspace_bytes
     kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)
-    if kv_bytes > left:
+    if left <= 0 or kv_bytes > left:
         came = f"kv_cache_bytes of {kv_bytes}" if config.kv_cache_bytes else "nothing of it left for the KV cache"
         raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {workspace_bytes} of workspace "
                               f"with {came}; lower kv_cache_bytes, max_batch_tokens or max_seqs, or use a larger memory")
@@ -139,19 +144,24 @@ def _size_pools(specs, config, page_bytes, kv_bytes, max_seq_len):
 
 
 def host_memory_left():
-    """Bytes this process may still take: what the machine has available, within what its cgroup leaves."""
-    available = None
-    for line in _read("/proc/meminfo").splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-    if available is None:                               # not Linux: sysconf knows the total
-        import os
-        available = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    limit, used = _read("/sys/fs/cgroup/memory.max").strip(), _read("/sys/fs/cgroup/memory.current").strip()
-    if limit.isdecimal() and used.isdecimal():
-        cached = dict(line.split() for line in _read("/sys/fs/cgroup/memory.stat").splitlines()).get("inactive_file", 0)
-        available = min(available, int(limit) - int(used) + int(cached))
-    return available
+    """Bytes this process may still take: what the machine has available, within what its control groups leave."""
+    meminfo = dict(line.split()[:2] for line in _read("/proc/meminfo").splitlines())
+    if "MemAvailable:" in meminfo:
+        left = int(meminfo["MemAvailable:"]) * 1024
+    else:                                               # not Linux: sysconf knows the total
+        left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    groups = {"/"}                                      # in a container the own group is often mounted as the root
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers in ("", "memory"):
+            groups.update(map(str, (PurePosixPath(path), *PurePosixPath(path).parents)))
+    for group in groups:
+        for root, limit_file, used_file, cached_key in CGROUPS:
+            limit, used, stat = (_read(f"{root}{group}/{file}").strip() for file in (limit_file, used_file, "memory.stat"))
+            if limit.isdecimal() and used.isdecimal():
+                cached = dict(line.split() for line in stat.splitlines()).get(cached_key, 0)
+                left = min(left, int(limit) - int(used) + int(cached))
+    return left
 
 
 def _read(path):

@@ -7,12 +7,20 @@ from engine.errors import PromptError
 KEYS = ("prompt", "token_ids", "images", "videos")
 
 
-def is_single(prompts):
-    """Whether `prompts` is one prompt (text, a dict, a list of ids) and not a list of them."""
+def as_prompts(prompts):
+    """A str or a dict as it is, anything else that can be iterated as a list. Raises PromptError."""
     if isinstance(prompts, (str, dict)):
-        return True
-    prompts = list(prompts)
-    return bool(prompts) and all(_is_id(item) for item in prompts)
+        return prompts
+    try:
+        return list(prompts)
+    except TypeError:
+        raise PromptError(f"prompts is of type {type(prompts).__name__}, expected a str, a list of token ids, a dict, "
+                          "or a list of those") from None
+
+
+def is_single(prompts):
+    """Whether what as_prompts returned is one prompt (text, a dict, a list of ids) and not a list of them."""
+    return isinstance(prompts, (str, dict)) or bool(prompts) and all(_is_id(item) for item in prompts)
 
 
 def token_ids_of(prompt, tokenizer, vocab):

@@ -7,18 +7,35 @@ from functools import lru_cache
 
 import numpy as np
 
-ROWS = 16           # rows of an elementwise chain that share the L2 cache
-QUERIES = 128       # queries of one attention block: bounds the score matrix
+ROWS = 32           # rows of an elementwise chain that share the L2 cache
+QUERIES = 64        # queries of one attention block: bounds the score matrix
+FEW_ROWS, SOME_ROWS = 4, 32
+CACHED_FLOATS = 2**18
+SQRT_2_OVER_PI = (2 / np.pi) ** 0.5
 
 
 def embed(table, token_ids, scale, out):
     """out[t] = table[token_ids[t]] * scale. table [vocab, hidden], token_ids [n_tokens] int32, out [n_tokens, hidden]."""
-    np.multiply(table[token_ids], np.float32(scale), out=out)
+    np.multiply(table[token_ids], scale, out=out)
 
 
 def linear(x, weight, out):
-    """out = x @ weight.T. x [n, in], weight [out, in], out [n, out]."""
-    np.matmul(x, weight.T, out=out)
+    """out = x @ weight.T. x [n, in], weight [out, in], out [n, out].
+
+    A few rows are bound by reading the weights, and a BLAS matrix product copies them first: so up to FEW_ROWS rows go
+    one by one against blocks of the weights that stay in cache, and up to SOME_ROWS the weights stand on the left.
+    """
+    n = len(x)
+    if 1 < n <= FEW_ROWS:
+        step = max(1, CACHED_FLOATS // weight.shape[1])
+        for at in range(0, len(weight), step):
+            block, to = weight[at:at + step], out[:, at:at + step]
+            for i in range(n):
+                np.matmul(block, x[i], out=to[i])
+    elif 1 < n <= SOME_ROWS:
+        out[...] = np.matmul(weight, x.T).T
+    else:
+        np.matmul(x, weight.T, out=out)
 
 
 def rms_norm(x, weight, eps, weight_offset, out):
@@ -26,13 +43,18 @@ def rms_norm(x, weight, eps, weight_offset, out):
 
     x [..., n], weight [n], out like x, may be x. Source: arXiv:1910.07467; the offset: HF modeling_gemma3.
     """
-    mean_square = np.einsum("...i,...i->...", x, x)
-    mean_square /= np.float32(x.shape[-1])
-    mean_square += np.float32(eps)
+    mean_square = _sum_of_squares(x)
+    mean_square *= 1 / x.shape[-1]
+    mean_square += eps
     np.sqrt(mean_square, out=mean_square)
     np.divide(x, mean_square[..., None], out=out)
     if weight is not None:
-        out *= weight + np.float32(weight_offset) if weight_offset else weight
+        out *= weight + weight_offset if weight_offset else weight
+
+
+def _sum_of_squares(x):
+    """Over the last axis. NumPy has a ufunc for it since 2.0."""
+    return np.vecdot(x, x) if hasattr(np, "vecdot") else np.einsum("...i,...i->...", x, x)
 
 
 def add_norm(residual, branch, post_weight, next_weight, eps, weight_offset, layer_scalar, out):
@@ -66,28 +88,32 @@ def qk_norm_rope_cache(qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, *, 
     Returns q [n_tokens, n_heads, head_dim], a view of qkv.
     """
     n_kv_heads, head_dim = k_pages.shape[2:]
+    n_pairs = angles[0].shape[-1]
+    k_slots, v_slots = (pages.reshape(-1, n_kv_heads, head_dim) for pages in (k_pages, v_pages))
     heads = qkv.reshape(len(qkv), -1, head_dim)
-    q, k = heads[:, :n_heads], heads[:, n_heads:n_heads + n_kv_heads]
-    v = k if v_is_k else heads[:, n_heads + n_kv_heads:]
-    if v_norm:
-        normed = np.empty_like(v)
-        rms_norm(v, None, eps, 0.0, normed)
-        v = normed
-    v_pages.reshape(-1, n_kv_heads, head_dim)[slots] = v
-    qk = heads[:, :n_heads + n_kv_heads]
-    rms_norm(qk, None, eps, 0.0, qk)
-    q *= q_norm + np.float32(weight_offset) if weight_offset else q_norm
-    k *= k_norm + np.float32(weight_offset) if weight_offset else k_norm
-    cos, sin = angles
-    n_pairs = cos.shape[-1]
-    first, second = qk[..., :n_pairs], qk[..., head_dim // 2:head_dim // 2 + n_pairs]
-    crossed = first * sin
-    first *= cos
-    first -= second * sin
-    second *= cos
-    second += crossed
-    k_pages.reshape(-1, n_kv_heads, head_dim)[slots] = k
-    return q
+    if weight_offset:
+        q_norm, k_norm = q_norm + weight_offset, k_norm + weight_offset
+    for at in range(0, len(qkv), ROWS):
+        rows = slice(at, at + ROWS)
+        qk, k = heads[rows, :n_heads + n_kv_heads], heads[rows, n_heads:n_heads + n_kv_heads]
+        v = k if v_is_k else heads[rows, n_heads + n_kv_heads:]
+        if v_norm:
+            normed = np.empty(v.shape, np.float32)
+            rms_norm(v, None, eps, 0.0, normed)
+            v = normed
+        v_slots[slots[rows]] = v
+        rms_norm(qk, None, eps, 0.0, qk)
+        heads[rows, :n_heads] *= q_norm
+        k *= k_norm
+        cos, sin = angles[0][rows], angles[1][rows]
+        first, second = qk[..., :n_pairs], qk[..., head_dim // 2:head_dim // 2 + n_pairs]
+        crossed = first * sin
+        first *= cos
+        first -= second * sin
+        second *= cos
+        second += crossed
+        k_slots[slots[rows]] = k
+    return heads[:, :n_heads]
 
 
 def attention(q, k_pages, v_pages, paged, *, scale, window, out):
@@ -100,46 +126,47 @@ def attention(q, k_pages, v_pages, paged, *, scale, window, out):
     out       [n_tokens, n_heads * head_dim]
     """
     n_kv_heads, head_dim = k_pages.shape[2:]
-    k_slots, v_slots = (pages.reshape(-1, n_kv_heads, head_dim) for pages in (k_pages, v_pages))
+    k_slots, v_slots = k_pages.reshape(-1, n_kv_heads, head_dim), v_pages.reshape(-1, n_kv_heads, head_dim)
     out = out.reshape(len(out), n_kv_heads, -1, head_dim)
-    q = q.reshape(len(q), n_kv_heads, -1, head_dim)
+    q = (q * scale).reshape(out.shape)
     for i, (begin, end, context) in enumerate(paged.rows):
         for at in range(begin, end, QUERIES):
             stop = min(at + QUERIES, end)
             position = context - (end - at)                     # of the block's first query
             oldest = 0 if window is None else max(0, position - window + 1)
             runs = paged.runs(i, oldest, context - (end - stop))
-            _attend(q[at:stop], k_slots, v_slots, runs, position - oldest, scale, window, out[at:stop])
+            out[at:stop] = _attend(q[at:stop], k_slots, v_slots, runs, position - oldest, window)
 
 
-def _attend(q, k_slots, v_slots, runs, n_before, scale, window, out):
+def _attend(q, k_slots, v_slots, runs, n_before, window):
     """One block of consecutive queries against the keys in `runs`, [(first slot, n)]: the `n_before` keys that precede
-    the first query, then the block's own. q, out [n, n_kv_heads, group, head_dim]."""
+    the first query, then the block's own. q and the result [n, n_kv_heads, group, head_dim]."""
     n, n_kv_heads, group, head_dim = q.shape
-    n_keys = n_before + n
-    q = (q * np.float32(scale)).transpose(1, 2, 0, 3).reshape(n_kv_heads, group * n, head_dim)
-    scores = np.empty((n_kv_heads, group * n, n_keys), np.float32)
-    at = 0
-    for slot, size in runs:
-        k = k_slots[slot:slot + size]
-        np.matmul(q, k.transpose(1, 2, 0), out=scores[:, :, at:at + size])
-        at += size
+    q = q.transpose(1, 2, 0, 3).reshape(n_kv_heads, group * n, head_dim)
+    scores = [np.matmul(q, k_slots[slot:slot + size].transpose(1, 2, 0)) for slot, size in runs]
+    scores = scores[0] if len(scores) == 1 else np.concatenate(scores, axis=-1)
     if n > 1:
-        by_query = scores.reshape(n_kv_heads, group, n, n_keys)
-        np.copyto(by_query[..., n_before + 1:], -np.inf, where=_later(n))
-        if window is not None and n_keys > window:
-            n_behind = n_keys - window                          # columns out of the last query's sight
-            np.copyto(by_query[..., :n_behind], -np.inf, where=_behind(n, n_behind))
-    scores -= scores.max(axis=-1, keepdims=True)
+        _hide(scores.reshape(n_kv_heads, group, n, n_before + n), n_before, window)
+    scores -= np.maximum.reduce(scores, axis=-1, keepdims=True)
     np.exp(scores, out=scores)
-    total = scores.sum(axis=-1, keepdims=True)
-    mixed, at = 0, 0
+    total = np.matmul(scores, _ones(n_before + n))              # BLAS adds up rows faster than sum() does
+    mixed, at = None, 0
     for slot, size in runs:
-        v = v_slots[slot:slot + size]
-        mixed += np.matmul(scores[:, :, at:at + size], v.transpose(1, 0, 2))
+        part = np.matmul(scores[..., at:at + size], v_slots[slot:slot + size].transpose(1, 0, 2))
+        mixed = part if mixed is None else mixed + part
         at += size
     mixed /= total
-    out[...] = mixed.reshape(n_kv_heads, group, n, head_dim).transpose(2, 0, 1, 3)
+    return mixed.reshape(n_kv_heads, group, n, head_dim).transpose(2, 0, 1, 3)
+
+
+def _hide(scores, n_before, window):
+    """Sets to -inf what a query may not see: keys later than itself, and keys its window has passed.
+    scores [n_kv_heads, group, n, n_before + n]."""
+    n, n_keys = scores.shape[2:]
+    np.copyto(scores[..., n_before + 1:], -np.inf, where=_later(n))
+    if window is not None and n_keys > window:
+        n_behind = n_keys - window                              # columns out of the last query's sight
+        np.copyto(scores[..., :n_behind], -np.inf, where=_behind(n, n_behind))
 
 
 @lru_cache(maxsize=256)
@@ -154,6 +181,11 @@ def _behind(n, n_behind):
     return np.arange(n_behind) < np.arange(n_behind - n + 1, n_behind + 1)[:, None]
 
 
+@lru_cache(maxsize=256)
+def _ones(n):
+    return np.ones((n, 1), np.float32)
+
+
 def gated_gelu(gate_up, out):
     """out = gelu_tanh(gate) * up, gelu_tanh(z) = z/2 * (1 + tanh(sqrt(2/pi) * (z + 0.044715 z³))).
 
@@ -163,18 +195,18 @@ def gated_gelu(gate_up, out):
     for at in range(0, len(out), ROWS):
         gate, up, y = gate_up[at:at + ROWS, :width], gate_up[at:at + ROWS, width:], out[at:at + ROWS]
         np.multiply(gate, gate, out=y)
-        y *= np.float32(0.044715 * (2 / np.pi) ** 0.5)
-        y += np.float32((2 / np.pi) ** 0.5)
+        y *= 0.044715 * SQRT_2_OVER_PI
+        y += SQRT_2_OVER_PI
         y *= gate
         np.tanh(y, out=y)
-        y += np.float32(1)
+        y += 1
         y *= gate
         y *= up
-        y *= np.float32(0.5)
+        y *= 0.5
 
 
 def logit_softcap(logits, cap):
     """logits = cap * tanh(logits / cap), in place."""
-    logits /= np.float32(cap)
+    logits /= cap
     np.tanh(logits, out=logits)
-    logits *= np.float32(cap)
+    logits *= cap

@@ -14,6 +14,7 @@ from engine.errors import CheckpointError
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 EMBED = "embed_tokens.weight"
+N_HINTS = 5         # problems of a kind that are told with the nearest name
 
 
 @dataclass(frozen=True)
@@ -92,29 +93,32 @@ def targets(spec, untied_head=False):
 
 
 def n_weights(spec):
-    """Elements of all arrays, the tied head counted once."""
-    return sum(prod(target.shape) for target in targets(spec))
+    """Elements of all arrays; a tied head is the embedding and counts once."""
+    return sum(prod(target.shape) for target in targets(spec, untied_head=not spec.tied))
 
 
 @dataclass(frozen=True)
 class Account:
-    """Where each tensor of a checkpoint goes: `names` maps expected names to the file's, `unused` are left unread."""
+    """Where each tensor of a checkpoint goes.
+
+    names        expected tensor → its name in the file
+    unused       names in the file that a text run does not read
+    untied_head  the head has a matrix of its own
+    problems     what is missing, misshapen or surplus, a sentence each
+    """
 
     names: dict
-    unused: tuple
-    untied_head: bool
+    unused: tuple = ()
+    untied_head: bool = False
+    problems: tuple = ()
 
 
 def account(spec, tensors):
-    """Matches a checkpoint's tensors (name → object with .shape) with what `spec` needs.
-
-    Raises CheckpointError for a tensor that is missing, of another shape, or that nothing in the model uses, and
-    names the nearest candidate.
-    """
+    """The Account of a checkpoint's tensors (name → object with .shape) against what `spec` needs."""
     prefix = next((p for p in PREFIXES if p + EMBED in tensors), None)
     if prefix is None:
-        raise CheckpointError(f"no {EMBED} under any of the known prefixes ({', '.join(PREFIXES)}); the checkpoint "
-                              f"begins with {', '.join(sorted(tensors)[:3])}")
+        return Account({}, problems=(f"the checkpoint has no {EMBED} under any of the known prefixes ({', '.join(PREFIXES)}"
+                                     f"); it begins with {', '.join(sorted(tensors)[:3]) or 'nothing'}",))
     head = next((name for name in HEADS if name in tensors), None)
     untied_head = not spec.tied and head is not None
     names, shapes = {}, {}
@@ -124,20 +128,26 @@ def account(spec, tensors):
     used = set(names.values())
     unused = tuple(name for name in tensors if name not in used and (name == head or name.startswith(spec.unused)))
     surplus = [name for name in tensors if name not in used and name not in unused]
-    for tensor, name in names.items():
-        if name not in tensors:
-            raise CheckpointError(f"the checkpoint has no {name} {list(shapes[tensor])}{_nearest(name, surplus)}")
-        if tuple(tensors[name].shape) != shapes[tensor]:
-            raise CheckpointError(f"{name} is {list(tensors[name].shape)}, expected {list(shapes[tensor])} by config.json")
-    if surplus:
-        raise CheckpointError(f"{surplus[0]} is not a tensor of {spec.architecture} with {len(spec.layers)} layers"
-                              + _nearest(surplus[0], used) + (f" ({len(surplus)} such)" if len(surplus) > 1 else ""))
-    return Account(names, unused, untied_head)
+    problems = _with_nearest({name: f"the checkpoint has no {name} {list(shapes[tensor])}"
+                              for tensor, name in names.items() if name not in tensors}, surplus)
+    problems += [f"{name} is {list(tensors[name].shape)}, expected {list(shapes[tensor])} by config.json"
+                 for tensor, name in names.items() if name in tensors and tuple(tensors[name].shape) != shapes[tensor]]
+    problems += _with_nearest({name: f"{name} is not a tensor of {spec.architecture} with {len(spec.layers)} layers"
+                               for name in surplus}, used)
+    return Account(names, unused, untied_head, tuple(problems))
 
 
-def load(spec, checkpoint, lane, progress):
+def checked_account(spec, tensors):
+    """The Account of a checkpoint without problems; raises CheckpointError that tells the first of them."""
+    accounts = account(spec, tensors)
+    if accounts.problems:
+        first, *more = accounts.problems
+        raise CheckpointError(f"{first} (and {len(more)} more; `python -m engine inspect` lists them)" if more else first)
+    return accounts
+
+
+def load(spec, checkpoint, accounts, lane, progress):
     """Reads `checkpoint` (loaders.safetensors) into arrays of `lane`; `progress(n_bytes)` is called as bytes arrive."""
-    accounts = account(spec, checkpoint.tensors)
     weights = Weights(layers=[LayerWeights() for _ in spec.layers], unused=accounts.unused,
                       norm_offset=0.0 if lane.folds_norm_offset else spec.norm_offset)
     for target in targets(spec, accounts.untied_head):
@@ -155,6 +165,11 @@ def load(spec, checkpoint, lane, progress):
     return weights
 
 
-def _nearest(name, candidates):
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.6)
-    return f"; the nearest name is {close[0]}" if close else ""
+def _with_nearest(problems, candidates):
+    """The sentences of {name: sentence}, the first few with the nearest of `candidates`: in a large checkpoint with
+    other names throughout, each look-up takes 50 ms."""
+    sentences = list(problems.values())
+    for i, name in enumerate(list(problems)[:N_HINTS]):
+        close = difflib.get_close_matches(name, candidates, n=1)
+        sentences[i] += f"; the nearest name is {close[0]}" if close else ""
+    return sentences

@@ -1,10 +1,11 @@
 """Every activation buffer of a step, sized once from the largest batch; a step allocates none of its own."""
 
+from functools import lru_cache
 from math import prod
 
 
 class Workspace:
-    """Flat buffers by name; `rows(name, n)` is the first n rows of one, contiguous.
+    """Flat buffers by name; `rows(name, n, width)` is n rows of one, contiguous.
 
     residual, normed, branch   [max_tokens, hidden]
     qkv, mixed                 [max_tokens, widest fused projection], [max_tokens, widest n_heads * head_dim]
@@ -16,6 +17,7 @@ class Workspace:
         self.max_logit_rows = min(max_logit_rows, max_tokens)
         self._buffers = {name: lane.empty(prod(shape))
                          for name, shape in self.shapes(spec, max_tokens, self.max_logit_rows).items()}
+        self.rows = lru_cache(maxsize=1024)(self._rows)     # decode asks for the same views at every step
 
     @staticmethod
     def shapes(spec, max_tokens, max_logit_rows):
@@ -28,6 +30,6 @@ class Workspace:
         return {**{name: (max_tokens, width) for name, width in widths.items()},
                 "logits": (min(max_logit_rows, max_tokens), spec.vocab)}
 
-    def rows(self, name, n, width):
+    def _rows(self, name, n, width):
         """[n, width] view of buffer `name`."""
         return self._buffers[name][:n * width].reshape(n, width)

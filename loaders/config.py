@@ -1,9 +1,11 @@
 """Typed, loud reads of config.json: every error names the file, the field, what it holds and what was expected."""
 
 import json
+import sys
 from pathlib import Path
 
 from loaders.errors import CheckpointError, ConfigError
+from loaders.json_file import read_json
 
 REQUIRED = object()
 
@@ -21,14 +23,11 @@ class Config:
 
     @classmethod
     def load(cls, directory, name="config.json"):
-        """Reads `directory/name`. Raises CheckpointError when it is absent or not JSON."""
+        """Reads `directory/name`. Raises CheckpointError when it is absent or not a JSON object."""
         file = Path(directory) / name
         if not file.is_file():
             raise CheckpointError(f"{directory}: no {name} here; a Hugging Face checkpoint directory has one")
-        try:
-            return cls(json.loads(file.read_text(encoding="utf-8")), name)
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"{file}: not valid JSON: {error}") from error
+        return cls(read_json(file), name)
 
     def __contains__(self, key):
         return self.values.get(key) is not None
@@ -60,8 +59,8 @@ class Config:
         return self._read(key, default, lambda v: _is_int(v) and v >= least, f"an int >= {least}")
 
     def float(self, key, default=REQUIRED):
-        """A number > 0."""
-        value = self._read(key, default, lambda v: (_is_int(v) or isinstance(v, float)) and 0 < v < float("inf"),
+        """A number > 0 that a float can hold."""
+        value = self._read(key, default, lambda v: (_is_int(v) or isinstance(v, float)) and 0 < v <= sys.float_info.max,
                            "a number > 0")
         return None if value is None else float(value)
 
@@ -77,6 +76,13 @@ class Config:
                     + (" from " + ", ".join(one_of) if one_of else ""))
         return self._read(key, default, lambda v: isinstance(v, list) and length in (None, len(v))
                           and (one_of is None or all(item in one_of for item in v)), expected)
+
+    def ids(self, key):
+        """Token ids, a tuple: the file holds one or a list of them; () when absent."""
+        def legal(v):
+            return all(_is_int(item) and item >= 0 for item in (v if isinstance(v, list) else [v]))
+        value = self._read(key, [], legal, "a token id >= 0 or a list of them")
+        return tuple(value) if isinstance(value, list) else (value,)
 
     def section(self, key, default=REQUIRED):
         """The nested object at `key` as a Config, or `default` when absent."""

@@ -30,3 +30,12 @@ def refuse_unknown(section, allowed):
     for key in section:
         if key not in allowed:
             raise section.error(key, "no field but " + ", ".join(allowed))
+
+
+def is_tied(config, text):
+    """tie_word_embeddings of a file with a text section. Versions of transformers differ on which level decides, so a
+    file that says it twice must say the same."""
+    inner = text.bool("tie_word_embeddings", config.bool("tie_word_embeddings", True))
+    if config.bool("tie_word_embeddings", inner) != inner:
+        raise text.error("tie_word_embeddings", "the value that the top level has")
+    return inner

@@ -4,9 +4,8 @@ A field that is in no row, or holds a value its row does not allow, refuses at l
 change the numbers.
 """
 
+import json
 from dataclasses import dataclass
-
-from engine.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -42,8 +41,7 @@ def ignored(because, *names):
 
 # Fields that transformers writes into any config, whatever the model.
 COMMON = {
-    "architectures": USED,
-    "model_type": USED,
+    "architectures": Ignored("describe() has chosen the table by it"),
     **ignored("names the checkpoint, not its maths", "_name_or_path", "transformers_version", "auto_map",
               "unsloth_version", "unsloth_fixed"),
     **ignored("the engine's dtype argument decides", "torch_dtype", "dtype"),
@@ -75,12 +73,11 @@ def check_fields(config, table):
     for key in config:
         row = table.get(key)
         if row is None:
-            raise ConfigError(f"{config.where}: {config.name(key)} is {config.values[key]!r}, a field this engine does "
-                              "not know and so cannot promise to honour; remove it if it does not change the maths")
+            raise config.error(key, "no such field: this engine does not know it and cannot promise to honour it; "
+                                    "remove it if it does not change the maths")
         if isinstance(row, Only) and not any(_same(config.values[key], value) for value in row.values):
-            allowed = " or ".join(repr(value) for value in row.values) or "no value"
-            raise ConfigError(f"{config.where}: {config.name(key)} is {config.values[key]!r} ({row.otherwise}), which "
-                              f"is not supported; supported: {allowed}")
+            allowed = " or ".join(json.dumps(value) for value in (*row.values, None))
+            raise config.error(key, f"{allowed}; not supported: {row.otherwise}")
 
 
 def _same(came, allowed):

@@ -5,12 +5,13 @@ Source: Gemma 3 report section 2; HF modeling_gemma3. RMSNorm weights are stored
 
 from dataclasses import replace
 
-from engine.models.common import GLOBAL, SLIDING, head_dim, kv_heads, layer_types, refuse_unknown
+from engine.models.common import GLOBAL, SLIDING, head_dim, is_tied, kv_heads, layer_types, refuse_unknown
 from engine.models.fields import COMMON, USED, Ignored, check_fields, ignored, only
 from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec
 
 TEXT_FIELDS = {
     **COMMON,
+    "model_type": only("gemma3_text", otherwise="another model"),
     **dict.fromkeys(["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                      "num_key_value_heads", "head_dim", "query_pre_attn_scalar", "sliding_window", "layer_types",
                      "sliding_window_pattern", "rope_theta", "rope_local_base_freq", "rope_scaling", "rope_parameters",
@@ -27,6 +28,7 @@ TEXT_FIELDS = {
 
 MULTIMODAL_FIELDS = {
     **COMMON,
+    "model_type": only("gemma3", otherwise="another model"),
     "text_config": USED,
     "tie_word_embeddings": USED,
     **ignored("the vision tower does not run yet; text prompts do not need it", "vision_config", "boi_token_index",
@@ -40,7 +42,7 @@ UNUSED_IN_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower
 def describe_text(config):
     """ModelSpec of Gemma3ForCausalLM. `config` is the flat loaders Config. Raises ConfigError."""
     check_fields(config, TEXT_FIELDS)
-    return _describe(config, tied=config.bool("tie_word_embeddings", True), unused=(),
+    return _describe(config, tied=config.bool("tie_word_embeddings", True), eos_ids=config.ids("eos_token_id"),
                      logit_softcap=config.float("final_logit_softcapping", None))
 
 
@@ -51,11 +53,11 @@ def describe_multimodal(config):
     check_fields(text, TEXT_FIELDS)
     if "final_logit_softcapping" in text:
         raise text.error("final_logit_softcapping", "null: implementations disagree on it in the multimodal class")
-    tied = text.bool("tie_word_embeddings", config.bool("tie_word_embeddings", True))
-    return _describe(text, tied=tied, unused=UNUSED_IN_TEXT, logit_softcap=None)
+    return _describe(text, tied=is_tied(config, text), logit_softcap=None, unused=UNUSED_IN_TEXT,
+                     eos_ids=config.ids("eos_token_id") or text.ids("eos_token_id"))
 
 
-def _describe(config, tied, unused, logit_softcap):
+def _describe(config, *, tied, eos_ids, logit_softcap, unused=()):
     # Released 4B to 27B files leave out whatever equals the class default (spec section 2.2), so the defaults here are
     # the format's, not ours. No release leaves out the three sizes without one.
     hidden = config.int("hidden_size")
@@ -75,7 +77,7 @@ def _describe(config, tied, unused, logit_softcap):
                      for kind in layer_types(config, n_layers, config.int("sliding_window_pattern", 6))),
         norm_eps=config.float("rms_norm_eps", 1e-6), norm_offset=1.0, embed_scale=hidden**0.5,
         logit_softcap=logit_softcap, max_positions=config.int("max_position_embeddings", 131072), tied=tied,
-        unused=unused)
+        eos_ids=eos_ids, unused=unused)
 
 
 def _ropes(config):
@@ -104,5 +106,7 @@ def _rope(section, base):
     refuse_unknown(section, ("rope_type", "type", "factor", "rope_theta"))
     kind_key = "rope_type" if "rope_type" in section else "type"
     kind = section.str(kind_key, "default", one_of=("default", "linear"))
-    factor = section.float("factor") if kind == "linear" else 1.0
+    factor = section.float("factor") if kind == "linear" else section.float("factor", 1.0)
+    if kind == "default" and factor != 1:
+        raise section.error("factor", "1, or rope_type linear")
     return RopeSpec(section.float("rope_theta", base), factor=factor)

@@ -1,6 +1,5 @@
 """Supported checkpoints, one row each; everything else refuses at load, by name."""
 
-from engine.errors import ConfigError
 from engine.models import gemma3, gemma4
 
 ARCHITECTURES = {
@@ -8,7 +7,7 @@ ARCHITECTURES = {
     "Gemma3ForConditionalGeneration": gemma3.describe_multimodal,
     "Gemma4ForCausalLM": gemma4.describe_text,
     "Gemma4ForConditionalGeneration": gemma4.describe_multimodal,
-    "Gemma4UnifiedForConditionalGeneration": gemma4.describe_multimodal,
+    "Gemma4UnifiedForConditionalGeneration": gemma4.describe_unified,
 }
 # For files without `architectures`.
 MODEL_TYPES = {
@@ -22,10 +21,10 @@ MODEL_TYPES = {
 
 def describe(config):
     """The ModelSpec of a loaders Config. Raises ConfigError for an architecture or a field it does not support."""
-    named = config.list("architectures", None) or [MODEL_TYPES.get(config.str("model_type", ""))]
-    for name in named:
-        if name in ARCHITECTURES:
-            return ARCHITECTURES[name](config)
-    came = named if named != [None] else f"model_type {config.values.get('model_type')!r}"
-    raise ConfigError(f"{config.where}: architectures is {came}, which is not supported; supported: "
-                      + ", ".join(ARCHITECTURES))
+    named = config.list("architectures", [])
+    if not named and "model_type" in config:
+        named = [MODEL_TYPES[config.str("model_type", one_of=tuple(MODEL_TYPES))]]
+    for name, describe_it in ARCHITECTURES.items():
+        if name in named:
+            return describe_it(config)
+    raise config.error("architectures", "one of " + ", ".join(ARCHITECTURES))

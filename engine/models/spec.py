@@ -83,6 +83,7 @@ class ModelSpec:
     embed_scale     multiplies embedding rows, not the head; rounded to the weights' dtype where that is bfloat16
     logit_softcap   c in c * tanh(logits / c), or None
     tied            the head is the embedding matrix; a separate head is used only if the checkpoint has one
+    eos_ids         token ids that end a text, as config.json names them; generation_config.json goes before it
     unused          name prefixes of tensors that a text run does not read (vision and audio parts)
     """
 
@@ -96,4 +97,5 @@ class ModelSpec:
     logit_softcap: float | None
     max_positions: int
     tied: bool
+    eos_ids: tuple = ()
     unused: tuple = ()

@@ -1,0 +1,134 @@
+"""Command line: `python -m engine generate | chat | inspect | plan`, also installed as `rawgem`."""
+
+import argparse
+import sys
+from dataclasses import replace
+from pathlib import Path
+from time import perf_counter
+
+from engine.errors import RawgemError
+from engine.llm import LLM, plan
+from engine.models import describe
+from engine.sampling_params import SamplingParams
+from engine.weights import account
+from loaders.config import Config
+from loaders.hub import resolve
+from loaders.safetensors import Checkpoint
+
+SAMPLING = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int,
+            "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float, "min_tokens": int}
+ENGINE = {"device": str, "dtype": str, "max_seq_len": int, "max_seqs": int, "max_batch_tokens": int, "page_size": int,
+          "kv_cache_bytes": int, "memory_fraction": float}
+
+
+def main(argv=None):
+    """Runs one command; returns the exit status. Errors a user can cause are printed as one line."""
+    args = _parser().parse_args(argv)
+    try:
+        return args.run(args) or 0
+    except RawgemError as error:
+        print(f"rawgem: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser():
+    parser = argparse.ArgumentParser(prog="rawgem", description="Run Gemma checkpoints, and see what they need.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(name, run, help_text, *option_groups):
+        sub = commands.add_parser(name, help=help_text, description=help_text)
+        sub.add_argument("model", help="checkpoint directory, or a Hugging Face repo id")
+        for options in option_groups:
+            for option, kind in options.items():
+                sub.add_argument("--" + option.replace("_", "-"), type=kind, default=argparse.SUPPRESS)
+        sub.set_defaults(run=run)
+        return sub
+
+    sub = command("generate", _generate, "Complete prompts.", ENGINE, SAMPLING)
+    sub.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
+    sub.add_argument("--prompts", type=Path, help="a file with one prompt a line")
+    sub.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
+    sub.add_argument("--explain", action="store_true", help="also print what ran where")
+    sub = command("chat", _chat, "Talk to a model: one line a turn, an empty line ends it.", ENGINE, SAMPLING)
+    sub.add_argument("--message", help="answer this one message and leave")
+    sub.add_argument("--system", help="a system message")
+    command("inspect", _inspect, "List a checkpoint's tensors and what the engine makes of each.")
+    sub = command("plan", _plan, "What fits in memory, from config.json alone.", ENGINE)
+    sub.add_argument("--memory-bytes", type=lambda text: int(float(text)), help="memory to plan with, e.g. 141e9")
+    return parser
+
+
+def _given(args, options):
+    return {name: getattr(args, name) for name in options if hasattr(args, name)}
+
+
+def _params(args, llm, stop=()):
+    """The checkpoint's generation defaults, with what the command line says on top."""
+    return replace(llm.default_params, **{"max_tokens": 256, **_given(args, SAMPLING)}, stop=stop)
+
+
+def _generate(args):
+    prompts = args.prompt + (args.prompts.read_text(encoding="utf-8").splitlines() if args.prompts else [])
+    prompts = [prompt for prompt in prompts if prompt.strip()]
+    if not prompts:
+        raise RawgemError("generate: no prompt; give --prompt TEXT or --prompts FILE")
+    llm = LLM(args.model, **_given(args, ENGINE))
+    params = _params(args, llm, args.stop)
+    began = perf_counter()
+    outputs = llm.generate(prompts, [params] * len(prompts))
+    took = perf_counter() - began
+    for prompt, output in zip(prompts, outputs, strict=True):
+        print(f"{prompt}{output.text}\n" if output.error is None else f"{prompt}\n  error: {output.error}\n")
+    n_tokens = sum(len(output.token_ids) for output in outputs)
+    print(f"{n_tokens} tokens for {len(prompts)} prompts in {took:.2f} s: {n_tokens / took:.0f} tokens/s ({llm.lane.name})")
+    if args.explain:
+        print(llm.explain())
+    return 0 if all(output.error is None for output in outputs) else 1
+
+
+def _chat(args):
+    llm = LLM(args.model, **_given(args, ENGINE))
+    params = _params(args, llm)
+    messages = [{"role": "system", "content": args.system}] if args.system else []
+    while True:
+        text = args.message or _ask()
+        if not text:
+            return
+        messages.append({"role": "user", "content": text})
+        answer = ""
+        for piece in llm.stream(llm.chat_prompt(messages), params):
+            answer += piece.text
+            print(piece.text, end="", flush=True)
+        print()
+        if args.message:
+            return
+        messages.append({"role": "assistant", "content": answer})
+
+
+def _ask():
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except EOFError:
+        return ""
+
+
+def _inspect(args):
+    path = resolve(args.model)
+    with Checkpoint.open(path) as checkpoint:
+        tensors = checkpoint.tensors
+    for tensor in tensors.values():
+        print(f"{tensor.dtype:<8} {str(list(tensor.shape)):<20} {tensor.name}")
+    spec = describe(Config.load(path))
+    accounts = account(spec, tensors)
+    print(f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}")
+    print(f"{len(tensors)} tensors, {sum(tensor.n_bytes for tensor in tensors.values())} bytes; "
+          f"{len(accounts.unused)} not read by a text run")
+    for problem in accounts.problems:
+        print(f"problem: {problem}")
+    return 1 if accounts.problems else 0
+
+
+def _plan(args):
+    print(plan(args.model, memory_bytes=args.memory_bytes, **_given(args, ENGINE)))

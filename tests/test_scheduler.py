@@ -1,0 +1,196 @@
+"""engine/scheduler.py over a real KVCache and no model: every history ends, no page is lost, mixed up or missing."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine.batch import Batch
+from engine.kv_cache import KVCache, PoolSpec
+from engine.scheduler import Scheduler
+from engine.sequence import Sequence
+
+LANE = SimpleNamespace(empty=lambda shape: np.empty(shape, np.int8))
+
+
+def scheduler_of(windows=(None,), page_size=4, max_len=40, extra_pages=0, max_seqs=4, max_batch_tokens=16):
+    """Pools that hold one sequence of max_len tokens, and `extra_pages` more."""
+    specs = [PoolSpec(window, 1, 1, (i,)) for i, window in enumerate(windows)]
+    extra = [extra_pages] * len(specs) if isinstance(extra_pages, int) else extra_pages
+    n_pages = [spec.pages_needed(max_len, page_size) + more for spec, more in zip(specs, extra, strict=True)]
+    return Scheduler(KVCache(specs, n_pages, page_size, LANE), max_seqs, max_batch_tokens)
+
+
+def submit(scheduler, number, n_prompt):
+    task = SimpleNamespace(first_logit=n_prompt - 1)
+    sequence = Sequence(number, [0] * n_prompt, task, scheduler.kv_cache.new_page_lists())
+    scheduler.add(sequence)
+    return sequence
+
+
+class Memory:
+    """What lies in each slot of each pool: (sequence number, position), so that a wrong page is noticed when read."""
+
+    def __init__(self, kv_cache):
+        self.kv_cache, self.slots = kv_cache, [{} for _ in kv_cache.specs]
+
+    def step(self, work):
+        """Writes the new tokens' slots, then reads every position that any of them attends to."""
+        batch = Batch.build(work, self.kv_cache)
+        new = [(s.number, position) for s, n in work for position in range(s.n_cached, s.n_cached + n)]
+        for spec, stored, paged in zip(self.kv_cache.specs, self.slots, batch.pools, strict=True):
+            stored.update(zip(paged.slots.tolist(), new, strict=True))
+            for i, (sequence, n) in enumerate(work):
+                end = sequence.n_cached + n
+                oldest = 0 if spec.window is None else max(0, sequence.n_cached - spec.window + 1)
+                read = [stored[slot + j] for slot, size in paged.runs(i, oldest, end) for j in range(size)]
+                assert read == [(sequence.number, position) for position in range(oldest, end)]
+
+
+def check_pages(scheduler):
+    """Every page is free, or belongs to one running sequence."""
+    for p, allocator in enumerate(scheduler.kv_cache.allocators):
+        held = [page for s in scheduler.running for page in s.page_lists[p].pages]
+        assert len(set(held)) == len(held) and len(held) + allocator.n_free == allocator.n_pages
+    assert all(not held.pages for s in scheduler.waiting for held in s.page_lists)
+
+
+def check_trimmed(scheduler, work):
+    """A sliding pool keeps the pages from P - W on and no others, P being the last committed position."""
+    size = scheduler.kv_cache.page_size
+    for sequence, _ in work:
+        for spec, held in zip(scheduler.kv_cache.specs, sequence.page_lists, strict=True):
+            oldest = 0 if spec.window is None else max(0, sequence.n_cached - 1 - spec.window)
+            assert held.first == oldest // size
+            assert held.first + len(held.pages) == -(-sequence.n_cached // size)
+
+
+def step(scheduler, memory, n_total):
+    """One step; sequences that reached n_total[number] tokens leave. Returns the work done."""
+    work = scheduler.next_batch()
+    assert work, "a step with nothing in it, though a sequence is left"
+    assert sum(n for _, n in work) <= scheduler.max_batch_tokens
+    assert len(scheduler.running) <= scheduler.max_seqs
+    assert all(1 <= n <= s.n_left for s, n in work)
+    assert {s for s, _ in work} == set(scheduler.running), "a running sequence was left out of a step"
+    check_pages(scheduler)
+    memory.step(work)
+    scheduler.commit(work)
+    check_trimmed(scheduler, work)
+    for sequence, _ in work:
+        if not sequence.n_left and len(sequence.tokens) < n_total[sequence.number]:
+            sequence.tokens.append(0)
+        elif not sequence.n_left:
+            scheduler.remove(sequence)
+    check_pages(scheduler)
+    return work
+
+
+REQUEST = st.fixed_dictionaries({
+    "arrival": st.integers(0, 25), "n_prompt": st.integers(1, 40), "n_generated": st.integers(0, 12),
+    "abort_after": st.none() | st.none() | st.integers(0, 12)})
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    windows=st.lists(st.none() | st.integers(1, 45), min_size=1, max_size=3), page_size=st.integers(1, 9),
+    extra_pages=st.lists(st.integers(0, 9), min_size=3, max_size=3), max_seqs=st.integers(1, 5),
+    max_batch_tokens=st.integers(1, 24), requests=st.lists(REQUEST, min_size=1, max_size=6), data=st.data())
+def test_any_history_ends_and_loses_nothing(windows, page_size, extra_pages, max_seqs, max_batch_tokens, requests, data):
+    """Random arrivals, lengths, aborts, pools and limits: no deadlock, no leak, and each token finds its own past."""
+    scheduler = scheduler_of(windows, page_size, 40, extra_pages[:len(windows)], max_seqs, max_batch_tokens)
+    memory = Memory(scheduler.kv_cache)
+    numbers = data.draw(st.permutations(range(len(requests))))      # a stream may begin after a later submission
+    n_total = {number: min(40, request["n_prompt"] + request["n_generated"])
+               for number, request in zip(numbers, requests, strict=True)}
+    pending, live = list(zip(numbers, requests, strict=True)), {}
+    limit = 40 + (max_seqs + 1) * sum(n_total.values())
+    for now in range(limit):
+        for number, request in [one for one in pending if one[1]["arrival"] <= now]:
+            pending.remove((number, request))
+            live[number] = submit(scheduler, number, request["n_prompt"]), request["abort_after"], now
+        for number, (sequence, abort_after, since) in list(live.items()):
+            if sequence not in scheduler.running and sequence not in scheduler.waiting:
+                assert len(sequence.tokens) == n_total[number] == sequence.n_cached
+                del live[number]
+            elif abort_after is not None and now - since >= abort_after:
+                scheduler.remove(sequence)
+                del live[number]
+        if live:
+            step(scheduler, memory, n_total)
+        elif not pending:
+            break
+    assert not live and not pending, f"not done after {limit} steps"
+    assert not scheduler.running and not scheduler.waiting
+    assert all(allocator.n_free == allocator.n_pages for allocator in scheduler.kv_cache.allocators)
+
+
+def test_decoding_goes_on_beside_a_long_prompt():
+    """Chunks of a prompt fill what the decodes leave of a step; no decode waits for the prompt."""
+    scheduler = scheduler_of(extra_pages=100, max_batch_tokens=8, max_len=200)
+    memory = Memory(scheduler.kv_cache)
+    n_total = {0: 60, 1: 60, 2: 100}
+    decoding = [submit(scheduler, 0, 2), submit(scheduler, 1, 3)]
+    step(scheduler, memory, n_total)
+    prompt = submit(scheduler, 2, 100)
+    for _ in range(10):
+        work = dict(step(scheduler, memory, n_total))
+        assert [work[s] for s in decoding] == [1, 1] and work[prompt] == 6
+
+
+@pytest.mark.parametrize("max_batch_tokens", [1, 3])
+def test_fewer_tokens_than_sequences(max_batch_tokens):
+    """A budget below max_seqs: as many sequences run as can all go on in every step, the others follow in order."""
+    scheduler = scheduler_of(extra_pages=100, max_seqs=8, max_batch_tokens=max_batch_tokens)
+    memory, n_total = Memory(scheduler.kv_cache), dict.fromkeys(range(8), 5)
+    for number in range(8):
+        submit(scheduler, number, 2)
+    ended = []
+    while scheduler.running or scheduler.waiting:
+        running = list(scheduler.running)
+        step(scheduler, memory, n_total)
+        assert len(scheduler.running) <= max_batch_tokens
+        ended += [s.number for s in running if s not in scheduler.running]
+    assert ended == list(range(8))
+
+
+def test_the_newest_is_preempted_and_comes_back_first():
+    scheduler = scheduler_of(page_size=1, max_len=10, extra_pages=2)        # 12 pages
+    memory, n_total = Memory(scheduler.kv_cache), dict.fromkeys(range(4), 10)
+    first, second, third = (submit(scheduler, number, 4) for number in range(3))
+    step(scheduler, memory, n_total)
+    assert scheduler.running == [first, second, third] and scheduler.kv_cache.allocators[0].n_free == 0
+    last = submit(scheduler, 3, 1)
+    step(scheduler, memory, n_total)
+    assert scheduler.running == [first, second] and scheduler.waiting == [third, last]
+    assert scheduler.n_preemptions == third.n_preemptions == 1 and third.n_cached == 0
+    assert len(third.tokens) == 5                                           # what it generated is not lost
+    while third in scheduler.waiting:
+        assert last not in scheduler.running                                # no overtaking
+        step(scheduler, memory, n_total)
+
+
+def test_admission_is_in_order_of_submission():
+    """A long prompt that does not fit yet is not overtaken by a short one behind it."""
+    scheduler = scheduler_of(page_size=1, max_len=20)
+    memory, n_total = Memory(scheduler.kv_cache), {0: 14, 1: 16, 2: 2}
+    submit(scheduler, 0, 12)
+    long, short = submit(scheduler, 1, 15), submit(scheduler, 2, 1)
+    step(scheduler, memory, n_total)
+    assert scheduler.waiting == [long, short]
+
+
+def test_a_sequence_left_out_of_a_failed_step_goes_on():
+    """Pages reserved for a step that was never committed are used by the next one, not taken again."""
+    scheduler = scheduler_of(windows=(None, 3), page_size=2, max_len=12)
+    memory, n_total = Memory(scheduler.kv_cache), {0: 12}
+    submit(scheduler, 0, 9)
+    before = scheduler.next_batch()
+    free = [allocator.n_free for allocator in scheduler.kv_cache.allocators]
+    assert scheduler.next_batch() == before
+    assert [allocator.n_free for allocator in scheduler.kv_cache.allocators] == free
+    while scheduler.running:
+        step(scheduler, memory, n_total)
+    check_pages(scheduler)

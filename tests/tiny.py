@@ -1,0 +1,95 @@
+"""Tiny random checkpoints of every supported architecture, written as Hugging Face directories.
+
+    config = tiny.flat("gemma4", num_hidden_layers=8)
+    llm = LLM(tiny.write_checkpoint(tmp_path, config), device="cpu")
+"""
+
+import json
+
+import numpy as np
+from ml_dtypes import bfloat16
+from safetensors.numpy import save_file
+
+from engine.models import describe
+from engine.weights import EMBED, HEADS, targets
+from loaders.config import Config
+
+# Every size differs from the others where it can, the window is shorter than any prompt worth running, and both kinds
+# of layers come twice.
+SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5, "rms_norm_eps": 1e-6,
+         "max_position_embeddings": 128, "eos_token_id": 1}
+FLAT = {
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **SIZES, "num_hidden_layers": 5,
+        "sliding_window_pattern": 2, "query_pre_attn_scalar": 20, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+    "gemma4": {
+        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", **SIZES, "num_hidden_layers": 6,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "global_head_dim": 32,
+        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "final_logit_softcapping": 30.0,
+        "hidden_size_per_layer_input": 0,
+        "rope_parameters": {
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}}},
+}
+NESTED = {
+    "gemma3": {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},
+    "gemma4": {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4"},
+}
+
+
+def flat(family, **fields):
+    """The config.json of a text-only checkpoint of "gemma3" or "gemma4", as a dict, with `fields` changed."""
+    return {**FLAT[family], **fields}
+
+
+def nested(family, **fields):
+    """The config.json of a multimodal checkpoint, its vision part left out; `fields` change the text section."""
+    text = flat(family, **fields)
+    del text["architectures"]
+    return {**NESTED[family], "text_config": text}
+
+
+def random_tensors(config, seed=0):
+    """{checkpoint name without prefix: float32 array} of all that the config asks for, exact in bfloat16. Where the
+    embedding is not tied, `lm_head.weight` is among them."""
+    spec = describe(Config(config))
+    rng = np.random.default_rng(seed)
+    tensors = {}
+    for target in targets(spec, untied_head=not spec.tied):
+        for name, shape in target.parts:
+            values = rng.standard_normal(shape)
+            if len(shape) == 1:                             # norms around 1, and the scalar of a layer
+                values = 1 + 0.2 * values - (spec.norm_offset if target.is_norm else 0)
+            elif name in (EMBED, HEADS[0]):
+                values *= 0.2                               # so that the layers, not the last token, decide the next one
+            else:
+                values /= shape[1] ** 0.5
+            tensors[name] = values.astype(bfloat16).astype(np.float32)
+    return tensors
+
+
+def write_checkpoint(directory, config, tensors=None, *, seed=0, prefix="model.", head=HEADS[0], dtype=bfloat16,
+                     n_shards=1, extra=None):
+    """Writes config.json and the tensors under `directory`, which is made; returns it.
+
+    tensors   {name without prefix: array}; None takes random_tensors(config, seed)
+    prefix    put before every name but the head's, which is `head`
+    dtype     of the file: bfloat16, float16 or float32
+    n_shards  1 writes model.safetensors, more write that many files and an index
+    extra     {whole name: array} written beside them, in its own dtype
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.json").write_text(json.dumps(config))
+    tensors = random_tensors(config, seed) if tensors is None else tensors
+    named = {head if name == HEADS[0] else prefix + name: values.astype(dtype) for name, values in tensors.items()}
+    named.update(extra or {})
+    if n_shards == 1:
+        save_file(named, directory / "model.safetensors")
+        return directory
+    weight_map = {name: f"model-{i % n_shards + 1:05}-of-{n_shards:05}.safetensors" for i, name in enumerate(named)}
+    for file in set(weight_map.values()):
+        save_file({name: values for name, values in named.items() if weight_map[name] == file}, directory / file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return directory
