@@ -9,7 +9,6 @@ from time import perf_counter
 from engine.errors import RawgemError
 from engine.llm import LLM, plan
 from engine.models import describe
-from engine.sampling_params import SamplingParams
 from engine.weights import account
 from loaders.config import Config
 from loaders.hub import resolve
@@ -119,7 +118,7 @@ def _inspect(args):
     with Checkpoint.open(path) as checkpoint:
         tensors = checkpoint.tensors
     for tensor in tensors.values():
-        print(f"{tensor.dtype:<8} {str(list(tensor.shape)):<20} {tensor.name}")
+        print(f"{tensor.dtype:<8} {list(tensor.shape)!s:<20} {tensor.name}")
     spec = describe(Config.load(path))
     accounts = account(spec, tensors)
     print(f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}")

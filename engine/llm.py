@@ -61,7 +61,8 @@ class LLM:
         self.tokenizer = Tokenizer.load(self.path)
         self.chat_template = ChatTemplate.load(self.path)
         generation = load_generation_config(self.path)
-        self.eos_ids = generation.eos_token_ids or _config_eos(config)
+        eos_ids = generation.eos_token_ids or _config_eos(config)
+        self.eos_ids = tuple(i for i in eos_ids if i < self.spec.vocab)     # a shrunk vocabulary cannot emit the others
         self.default_params = SamplingParams(**generation.sampling)
         with Checkpoint.open(self.path) as checkpoint:
             accounts = checked_account(self.spec, checkpoint.tensors)       # before anything large is allocated
@@ -258,7 +259,7 @@ class LLM:
         self._counts["generated_tokens"] += len(output.token_ids)
 
     def _bar(self, total, what, **options):
-        from tqdm import tqdm                                   # not needed to import the engine
+        from tqdm import tqdm  # not needed to import the engine
         return tqdm(total=total, desc=what, disable=None if self.config.progress else True, leave=False, **options)
 
 

@@ -157,8 +157,9 @@ def host_memory_left():
             groups.update(map(str, (PurePosixPath(path), *PurePosixPath(path).parents)))
     for group in groups:
         for root, limit_file, used_file, cached_key in CGROUPS:
-            limit, used, stat = (_read(f"{root}{group}/{file}").strip() for file in (limit_file, used_file, "memory.stat"))
-            if limit.isdecimal() and used.isdecimal():
+            limit, used = (_read(f"{root}{group}/{file}").strip() for file in (limit_file, used_file))
+            if limit.isdecimal() and used.isdecimal():          # "max" is no limit
+                stat = _read(f"{root}{group}/memory.stat")
                 cached = dict(line.split() for line in stat.splitlines()).get(cached_key, 0)
                 left = min(left, int(limit) - int(used) + int(cached))
     return left

@@ -1,6 +1,7 @@
 """What a caller passes as a prompt → token ids, or a PromptError that says what is wrong with it."""
 
 import numbers
+from collections.abc import Iterable
 
 from engine.errors import PromptError
 
@@ -9,18 +10,15 @@ KEYS = ("prompt", "token_ids", "images", "videos")
 
 def as_prompts(prompts):
     """A str or a dict as it is, anything else that can be iterated as a list. Raises PromptError."""
-    if isinstance(prompts, (str, dict)):
-        return prompts
-    try:
-        return list(prompts)
-    except TypeError:
-        raise PromptError(f"prompts is of type {type(prompts).__name__}, expected a str, a list of token ids, a dict, "
-                          "or a list of those") from None
+    return prompts if isinstance(prompts, (str, dict)) else _as_list(prompts, "prompts is")
 
 
 def is_single(prompts):
-    """Whether what as_prompts returned is one prompt (text, a dict, a list of ids) and not a list of them."""
-    return isinstance(prompts, (str, dict)) or bool(prompts) and all(_is_id(item) for item in prompts)
+    """Whether what as_prompts returned is one prompt (text, a dict, a list of ids) and not a list of them.
+
+    Any numbers are meant as ids: those that cannot be are an error of that one prompt.
+    """
+    return isinstance(prompts, (str, dict)) or (bool(prompts) and all(isinstance(i, numbers.Number) for i in prompts))
 
 
 def token_ids_of(prompt, tokenizer, vocab):
@@ -28,7 +26,8 @@ def token_ids_of(prompt, tokenizer, vocab):
     if isinstance(prompt, dict):
         if unknown := [key for key in prompt if key not in KEYS]:
             raise PromptError(f"a prompt dict has key {unknown[0]!r}, expected {', '.join(KEYS)}")
-        if prompt.get("images") or prompt.get("videos"):
+        media = [prompt[key] for key in ("images", "videos") if prompt.get(key) is not None]
+        if any(not isinstance(given, (list, tuple)) or given for given in media):
             raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
         given = [key for key in ("prompt", "token_ids") if prompt.get(key) is not None]
         if len(given) != 1:
@@ -49,11 +48,7 @@ def token_ids_of(prompt, tokenizer, vocab):
 
 def checked_ids(ids, vocab):
     """`ids` as a list of Python ints, every one inside the vocabulary. Raises PromptError."""
-    try:
-        ids = ids.tolist() if hasattr(ids, "tolist") else list(ids)
-    except TypeError:
-        raise PromptError(f"the prompt is of type {type(ids).__name__}, expected a str, a list of token ids, or a "
-                          "dict with prompt or token_ids") from None
+    ids = _as_list(ids, "the prompt is")
     if not ids:
         raise PromptError("the prompt is empty, expected at least one token", n_tokens=0)
     for i, token in enumerate(ids):
@@ -69,6 +64,14 @@ def check_length(n_tokens, limit, what="the prompt"):
     if n_tokens > limit:
         raise PromptError(f"{what} has {n_tokens} tokens, at most {limit} fit; shorten it or raise max_seq_len",
                           n_tokens=n_tokens, limit=limit)
+
+
+def _as_list(values, what):
+    values = values.tolist() if hasattr(values, "tolist") else values           # an array
+    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
+        raise PromptError(f"{what} of type {type(values).__name__}, expected a str, a list of token ids, a dict with "
+                          "prompt or token_ids, or a list of those")
+    return list(values)
 
 
 def _is_id(item):

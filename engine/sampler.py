@@ -222,7 +222,7 @@ def draw(targets, seed, position, domain=0):
     targets   one (token, weight) per row, as target_weights returns them
     seed      [n_rows] u64
     position  [n_rows] i64, absolute index of the token being decided
-    Returns a list of n_rows token ids. Source: the exponential race; E and its random words in engine/random.py.
+    Returns n_rows token ids. E and its random words: engine/random.py.
     """
     ends = list(itertools.accumulate(len(token) for token, _ in targets))
     token = np.concatenate([token for token, _ in targets])

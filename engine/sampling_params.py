@@ -2,6 +2,7 @@
 
 import math
 import numbers
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
 from engine.errors import ParamsError
@@ -52,8 +53,8 @@ class SamplingParams:
 
     def __post_init__(self):
         put = lambda name, value: object.__setattr__(self, name, value)     # noqa: E731  the one door past frozen
-        put("stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        put("stop_token_ids", tuple(self.stop_token_ids or ()))
+        put("stop", _as_tuple((self.stop,) if isinstance(self.stop, str) else self.stop))
+        put("stop_token_ids", _as_tuple(self.stop_token_ids))
         if self.top_k == -1:
             put("top_k", 0)
         whole = lambda least: (lambda v: _is_int(v) and v >= least, f"an int >= {least}")      # noqa: E731
@@ -67,8 +68,8 @@ class SamplingParams:
             "seed": (lambda v: v is None or (_is_int(v) and 0 <= v < 2**64), "None or an int in [0, 2**64)"),
             "n_logprobs": whole(0),
             "prompt_logprobs": whole(0),
-            "stop": (lambda v: all(isinstance(s, str) and s for s in v), "non-empty strings"),
-            "stop_token_ids": (lambda v: all(_is_int(i) and i >= 0 for i in v), "token ids >= 0"),
+            "stop": (lambda v: _is_tuple_of(v, lambda s: isinstance(s, str) and s), "non-empty strings"),
+            "stop_token_ids": (lambda v: _is_tuple_of(v, lambda i: _is_int(i) and i >= 0), "token ids >= 0"),
             "ignore_eos": (lambda v: isinstance(v, bool), "a bool"),
             "min_tokens": (lambda v: _is_int(v) and 0 <= v <= self.max_tokens, "an int in [0, max_tokens]"),
             "repetition_penalty": number(lambda v: v > 0, "a number > 0"),
@@ -85,6 +86,17 @@ class SamplingParams:
     @property
     def is_greedy(self):
         return self.temperature < GREEDY_BELOW
+
+
+def _as_tuple(value):
+    """() for None, a tuple for what holds several things; anything else as it came, for the rules to refuse."""
+    if value is None:
+        return ()
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, (bytes, dict)) else value
+
+
+def _is_tuple_of(value, is_legal):
+    return isinstance(value, tuple) and all(is_legal(item) for item in value)
 
 
 def _is_int(value):

@@ -142,7 +142,7 @@ def checked_account(spec, tensors):
     accounts = account(spec, tensors)
     if accounts.problems:
         first, *more = accounts.problems
-        raise CheckpointError(f"{first} (and {len(more)} more; `python -m engine inspect` lists them)" if more else first)
+        raise CheckpointError(first + (f" (and {len(more)} more; `python -m engine inspect` lists them)" if more else ""))
     return accounts
 
 

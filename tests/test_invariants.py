@@ -1,13 +1,13 @@
 """What a request gets does not depend on chunks, batch-mates, pages, preemption or what went wrong beside it."""
 
-from functools import lru_cache
+from functools import cache
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import LLM, SamplingParams, reference
+from engine import SamplingParams, reference
 from engine.tasks import Generation
 from tests import tiny_models as tiny
 from tests.golden import assert_logits_close
@@ -61,11 +61,11 @@ def test_chunks_pages_and_batches_do_not_show(checkpoints, name, alone, setting)
     assert_all_free(llm)
 
 
-@pytest.mark.parametrize("page_size, max_batch_tokens", [(1, 2048), (3, 7), (16, 4)])
-def test_preemption_does_not_show(checkpoints, name, alone, page_size, max_batch_tokens):
+@pytest.mark.parametrize("page_size, max_batch_tokens, n_seqs", [(1, 2048, 1.8), (3, 7, 1.4), (4, 30, 1.4), (16, 4, 1.4)])
+def test_preemption_does_not_show(checkpoints, name, alone, page_size, max_batch_tokens, n_seqs):
     """Pages for little more than one sequence: others are thrown out midway, recomputed, and get the same tokens."""
     sizes = {"page_size": page_size, "max_seq_len": 56}
-    llm = tiny.open_llm(checkpoints[name], kv_cache_bytes=tiny.kv_bytes_for(checkpoints[name], 1.8, **sizes),
+    llm = tiny.open_llm(checkpoints[name], kv_cache_bytes=tiny.kv_bytes_for(checkpoints[name], n_seqs, **sizes),
                         max_batch_tokens=max_batch_tokens, **sizes)
     outputs = llm.generate(PROMPTS * 2, [GREEDY] * len(PROMPTS) + [DRAWN] * len(PROMPTS))
     assert llm.stats()["preemptions"] > 0
@@ -115,7 +115,8 @@ def poison(llm):
 def test_pages_overwritten_between_steps_are_noticed(checkpoints, name, monkeypatch):
     """With NaN in every page before each step but the first, forward in chunks and generate cannot come out right."""
     llm = tiny.open_llm(checkpoints[name], max_batch_tokens=8, page_size=4)
-    right = llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, n_logprobs=1))
+    params = SamplingParams(temperature=0, max_tokens=4, n_logprobs=1, ignore_eos=True)
+    right = llm.generate(PROMPTS[1], params)
     run, n_runs = llm._loop.layers.run, 0
 
     def run_after_poison(*args):
@@ -129,10 +130,10 @@ def test_pages_overwritten_between_steps_are_noticed(checkpoints, name, monkeypa
     logits = llm.forward([PROMPTS[1]], return_logits="all").logits[0]
     assert np.isfinite(logits[:8]).all() and np.isnan(logits[8:]).all()
     n_runs = 0
-    output = llm.generate(PROMPTS[0], SamplingParams(temperature=0, max_tokens=4, n_logprobs=1))
+    output = llm.generate(PROMPTS[0], params)
     assert [np.isnan(list(row.values())).all() for row in output.logprobs] == [False, True, True, True]
     n_runs = 1
-    wrong = llm.generate(PROMPTS[1], SamplingParams(temperature=0, max_tokens=4, n_logprobs=1))
+    wrong = llm.generate(PROMPTS[1], params)
     assert wrong.token_ids != right.token_ids and np.isnan([list(row.values()) for row in wrong.logprobs]).all()
 
 
@@ -258,14 +259,14 @@ def test_a_step_that_fails_between_two_samples_leaves_nothing_behind(checkpoints
 
 # --- random histories on a real model
 
-@lru_cache(maxsize=None)
+@cache
 def tokens_alone(path, which, seed, max_tokens):
     """What a request gets in an engine of its own."""
     return _lonely_engine(path).generate(PROMPTS[which], _params(seed, max_tokens)).token_ids
 
 
-@lru_cache(maxsize=None)
-def _lonely_engine(path) -> LLM:
+@cache
+def _lonely_engine(path):
     return tiny.open_llm(path)
 
 

@@ -1,5 +1,6 @@
 """engine/kv_cache.py and the page tables that engine/batch.py makes of it: who owns which page, and where tokens lie."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -218,7 +219,7 @@ def test_batch_arrays_against_positions_one_by_one(window, page_size, data):
                 runs = paged.runs(i, read, context)
                 slots = [first + j for first, size in runs for j in range(size)]
                 assert slots == [slot(sequence, position) for position in range(read, context)]
-                assert all(a + n_a != b for (a, n_a), (b, _) in zip(runs, runs[1:], strict=False))   # neighbours joined
+                assert all(a + n_a != b for (a, n_a), (b, _) in pairwise(runs))      # neighbours are joined
         for array in (batch.token_ids, batch.positions, batch.pools[0].slots, batch.pools[0].page_table,
                       batch.pools[0].first_page, batch.pools[0].cu_seqlens, batch.pools[0].context_lens):
             assert array.dtype == np.int32

@@ -8,15 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.random import (
-    _mix,
-    exp_f32,
-    exponential,
-    log_f32,
-    philox4x32,
-    request_seed,
-    token_words,
-)
+from engine.random import _mix, exp_f32, exponential, log_f32, philox4x32, request_seed, token_words
 
 INCLUDE = Path(__file__).parent.parent / "cuda" / "include"
 
@@ -169,7 +161,7 @@ def test_token_words_follow_the_counter_layout():
     """Word token % 4 of the counter (token // 4, position low, high, domain) under the key (seed low, high)."""
     seed = np.array([0xFEDCBA9876543210, 2**64 - 1, 0], np.uint64)
     position = np.array([5, 2**32 + 7, 2**40], np.int64)
-    token = np.array([0, 1, 2, 3, 5, 1000, 2, 3, 4, 262143, 2**19 - 2, 8])
+    token = np.array([0, 1, 2, 3, 5, 1000, 1001, 1002, 4004, 262143, 2**19 - 2, 8])       # two rows meet in one lane
     row = np.array([0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2])
     got = token_words(token, row, seed, position, 3)
     for word, t, r in zip(got.tolist(), token.tolist(), row.tolist(), strict=True):

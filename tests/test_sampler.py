@@ -1,22 +1,11 @@
 """engine/sampler.py: filters and edits against brute force, draws by chi-square, one token whatever the batch."""
 
-import warnings
-
 import numpy as np
 import pytest
 
 from engine import sampler
 from engine.errors import ShapeError
-from engine.sampler import (
-    LIKELIEST,
-    LogitEdits,
-    SamplingBatch,
-    apply_edits,
-    draw,
-    sample,
-    target_weights,
-    top_logprobs,
-)
+from engine.sampler import LIKELIEST, LogitEdits, SamplingBatch, apply_edits, draw, sample, target_weights, top_logprobs
 from engine.sampling_params import SamplingParams
 
 RULES = {
@@ -167,16 +156,18 @@ def test_rough_top_k_before_exp_changes_nothing():
 
 
 def test_top_p_over_a_long_flat_tail_is_exact():
-    """Every depth at which the sort may stop, against Python integers."""
-    logits = np.concatenate([[8, 7.5], np.linspace(0, -12, 3000)]).astype(np.float32)
+    """Every depth at which the sort may stop, down to tokens of weight 1, against Python integers."""
+    logits = np.concatenate([[8, 7.5], np.linspace(0, -12, 3000), np.full(9000, -22.6)]).astype(np.float32)
     token, weight = target_weights(logits, batch_of((SamplingParams(), 0, 0)), 0)
-    order = sorted(range(len(token)), key=lambda i: (-weight[i], i))
+    weight = weight.tolist()
+    total, order = sum(weight), sorted(range(len(weight)), key=lambda i: (-weight[i], i))
+    assert weight[-1] == 1
     for top_p in (1e-9, 0.3, 0.6, 0.9, 0.97, 0.99, 0.99999, 1 - 2**-32):
         kept, mass = [], 0
         for i in order:
             kept.append(i)
-            mass += int(weight[i])
-            if mass * 2**32 >= sum(weight.tolist()) * round(top_p * 2**32):
+            mass += weight[i]
+            if mass * 2**32 >= total * round(top_p * 2**32):
                 break
         got, _ = target_weights(logits, batch_of((SamplingParams(top_p=top_p), 0, 0)), 0)
         assert got.tolist() == token[sorted(kept)].tolist()
@@ -194,6 +185,20 @@ def test_top_p_over_a_long_flat_tail_is_exact():
 def test_ties(params, kept):
     logits = np.array([2, 2, 2, 2, -60], np.float32)
     assert target_weights(logits, batch_of((params, 0, 0)), 0)[0].tolist() == kept
+
+
+def test_the_least_weight_is_one():
+    logits = np.array([0, -31, -31.00001, -40], np.float32)
+    token, weight = target_weights(logits, batch_of((SamplingParams(), 0, 0)), 0)
+    assert (token.tolist(), weight.tolist()) == ([0, 1], [LIKELIEST, 1])
+
+
+def test_min_p_compares_exactly():
+    logits = np.array([0, -1.5, 0.25], np.float32)
+    weight = int(target_weights(logits, batch_of((SamplingParams(), 0, 0)), 0)[1][1])
+    for min_weight, kept in ((weight - 0.5, [0, 1, 2]), (weight, [0, 1, 2]), (weight + 0.5, [0, 2])):
+        params = SamplingParams(min_p=min_weight / LIKELIEST)
+        assert target_weights(logits, batch_of((params, 0, 0)), 0)[0].tolist() == kept
 
 
 def test_whole_vocabulary_of_the_largest_size_sums_exactly():
@@ -272,10 +277,11 @@ def test_one_hot_targets_are_certain(params):
     assert (tokens == logits[0].argmax()).all()
 
 
+@pytest.mark.filterwarnings("error")
 def test_minus_infinity_is_never_drawn():
     logits = np.full((200, 32), -np.inf, np.float32)
     logits[:, [3, 17]] = -5
-    tokens = sample(logits, batch_of(*[(SamplingParams(temperature=1e30), seed, 0) for seed in range(200)]))
+    tokens = sample(logits, batch_of(*[(SamplingParams(temperature=1e300), seed, 0) for seed in range(200)]))
     assert set(tokens.tolist()) == {3, 17}
 
 
@@ -291,12 +297,11 @@ def test_rows_without_a_finite_maximum_still_give_a_token(params, row, token):
     assert sample(logits, batch_of((params, 1, 1), (SamplingParams(top_k=1), 1, 1))).tolist() == [token, 1]
 
 
+@pytest.mark.filterwarnings("error")
 def test_huge_negative_masks_are_quiet():
     logits = np.full((1, 8), np.finfo(np.float32).min, np.float32)
     logits[0, 6] = 20
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert sample(logits, batch_of((SamplingParams(temperature=0.1), 4, 2))).tolist() == [6]
+    assert sample(logits, batch_of((SamplingParams(temperature=0.1), 4, 2))).tolist() == [6]
 
 
 def test_extreme_random_words_leave_a_winner(monkeypatch):

@@ -63,7 +63,7 @@ def random_tensors(config, seed=0):
             if len(shape) == 1:                             # norms around 1, and the scalar of a layer
                 values = 1 + 0.2 * values - (spec.norm_offset if target.is_norm else 0)
             elif name in (EMBED, HEADS[0]):
-                values *= 0.2                               # so that the layers, not the last token, decide the next one
+                values *= 0.2                               # small, so that the layers decide what comes next
             else:
                 values /= shape[1] ** 0.5
             tensors[name] = values.astype(bfloat16).astype(np.float32)

@@ -14,6 +14,8 @@ from tests import tiny
 VOCAB = 96
 EOS, BOS = 1, 2
 KINDS = {"s": "sliding_attention", "g": "full_attention"}
+# Small heads: Gemma 4 does not scale q · k, and with wider ones its softmax is so sharp that it multiplies rounding.
+HEADS = {"gemma3": {"head_dim": 8}, "gemma4": {"head_dim": 8, "global_head_dim": 16}}
 TEMPLATE = ("{{ bos_token }}{% for message in messages %}<turn>{{ message.role }} "
             "{% if message.content is string %}{{ message.content }}{% else %}"
             "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}<turn>model ")
@@ -28,7 +30,7 @@ def write(directory, family, seed=0, layers="ssgs", generation=None, with_text=T
     fields      further fields of config.json
     """
     config = tiny.flat(family, vocab_size=VOCAB, tie_word_embeddings=False, num_hidden_layers=len(layers),
-                       layer_types=[KINDS[kind] for kind in layers], **fields)
+                       layer_types=[KINDS[kind] for kind in layers], **{**HEADS[family], **fields})
     tiny.write_checkpoint(directory, config, seed=seed)
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))
