@@ -134,10 +134,10 @@ class LLM:
             raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
         if return_hidden_states not in (False, True, "layers"):
             raise ConfigError(f"return_hidden_states is {return_hidden_states!r}, expected False, True or 'layers'")
-        if return_logits not in ("last", "all") and not (isinstance(return_logits, int) and return_logits >= 1):
+        if return_logits not in ("last", "all") and not (prompt_input.is_int(return_logits) and return_logits >= 1):
             raise ConfigError(f"return_logits is {return_logits!r}, expected 'last', 'all' or an int >= 1")
         admitted = []
-        for row in token_ids:
+        for row in prompt_input.as_list(token_ids, "token_ids", "a list of lists of ids"):
             ids = prompt_input.checked_ids(row, self.spec.vocab)
             prompt_input.check_length(len(ids), self.max_seq_len)
             n_returned = {"last": 1, "all": len(ids)}.get(return_logits) or min(return_logits, len(ids))
@@ -170,6 +170,8 @@ class LLM:
         """One output a prompt; an item that admit() refuses becomes an error output."""
         if params is None or isinstance(params, SamplingParams):
             params = [params] * len(prompts)
+        if not isinstance(params, (list, tuple)):
+            raise ParamsError(f"params is of type {type(params).__name__}, expected SamplingParams or a list of them")
         if len(params) != len(prompts):
             raise ParamsError(f"{len(params)} SamplingParams for {len(prompts)} prompts, expected one, or one a prompt")
         admitted = []

@@ -28,7 +28,7 @@ class Loop:
         try:
             self._compute(work)
             self.scheduler.commit(work)
-        finally:                                                # what has ended leaves, even if something beside it failed
+        finally:                                                # what has ended leaves, even if the step failed
             for sequence, _ in work:
                 if sequence.task.is_finished:
                     self.scheduler.remove(sequence)

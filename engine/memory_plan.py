@@ -46,7 +46,8 @@ class PoolPlan:
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes of weights, KV pools and workspace in `memory_bytes`; the longest sequence accepted is max_seq_len."""
+    """Bytes of weights, KV pools and workspace in `memory_bytes`; the longest sequence accepted is max_seq_len, and at
+    most max_seqs run at once."""
 
     memory_bytes: int
     weights_bytes: int
@@ -65,8 +66,8 @@ class MemoryPlan:
 
     @property
     def n_full_seqs(self):
-        """How many sequences of max_seq_len tokens fit side by side."""
-        return min((pool.n_pages // pool.seq_pages for pool in self.pools), default=0)
+        """How many sequences of max_seq_len tokens run side by side."""
+        return min(self.max_seqs, *(pool.n_pages // pool.seq_pages for pool in self.pools))
 
     def __str__(self):
         rows = [("weights", self.weights_bytes, "")]

@@ -6,11 +6,12 @@ from collections.abc import Iterable
 from engine.errors import PromptError
 
 KEYS = ("prompt", "token_ids", "images", "videos")
+FORMS = "a str, a list of token ids, a dict with prompt or token_ids"
 
 
 def as_prompts(prompts):
     """A str or a dict as it is, anything else that can be iterated as a list. Raises PromptError."""
-    return prompts if isinstance(prompts, (str, dict)) else _as_list(prompts, "prompts is")
+    return prompts if isinstance(prompts, (str, dict)) else as_list(prompts, "prompts", FORMS + ", or a list of those")
 
 
 def is_single(prompts):
@@ -48,15 +49,23 @@ def token_ids_of(prompt, tokenizer, vocab):
 
 def checked_ids(ids, vocab):
     """`ids` as a list of Python ints, every one inside the vocabulary. Raises PromptError."""
-    ids = _as_list(ids, "the prompt is")
+    ids = as_list(ids, "the prompt", FORMS)
     if not ids:
         raise PromptError("the prompt is empty, expected at least one token", n_tokens=0)
     for i, token in enumerate(ids):
-        if not _is_id(token):
+        if not is_int(token):
             raise PromptError(f"token {i} of the prompt is {token!r}, expected an int")
         if not 0 <= token < vocab:
             raise PromptError(f"token {i} of the prompt is {token}, outside the vocabulary of {vocab}")
     return [int(token) for token in ids]
+
+
+def as_list(values, what, expected):
+    """An array or another iterable as a list. Raises PromptError, for bytes too: their items are no ids."""
+    values = values.tolist() if hasattr(values, "tolist") else values
+    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
+        raise PromptError(f"{what} is of type {type(values).__name__}, expected {expected}")
+    return list(values)
 
 
 def check_length(n_tokens, limit, what="the prompt"):
@@ -66,13 +75,5 @@ def check_length(n_tokens, limit, what="the prompt"):
                           n_tokens=n_tokens, limit=limit)
 
 
-def _as_list(values, what):
-    values = values.tolist() if hasattr(values, "tolist") else values           # an array
-    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
-        raise PromptError(f"{what} of type {type(values).__name__}, expected a str, a list of token ids, a dict with "
-                          "prompt or token_ids, or a list of those")
-    return list(values)
-
-
-def _is_id(item):
+def is_int(item):
     return isinstance(item, numbers.Integral) and not isinstance(item, bool)

@@ -79,7 +79,7 @@ class Generation:
 
     def piece(self):
         """(text, ids) that may be shown and were not yet."""
-        end = len(self.output.text) - (0 if self.is_finished else self._held)
+        end = max(0, len(self.output.text) - (0 if self.is_finished else self._held))
         text = self.output.text[self._n_streamed_chars:end]
         ids = self.output.token_ids[self._n_streamed_ids:]
         self._n_streamed_chars += len(text)

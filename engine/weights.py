@@ -9,8 +9,7 @@ from math import prod
 
 from engine.errors import CheckpointError
 
-# Released text-only files, released multimodal files, and what recent transformers calls them in memory and saves.
-# Tried in this order: "model." also begins "model.language_model.".
+# Released multimodal files, what recent transformers calls them in memory and saves, and text-only files.
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 EMBED = "embed_tokens.weight"

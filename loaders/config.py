@@ -1,7 +1,6 @@
 """Typed, loud reads of config.json: every error names the file, the field, what it holds and what was expected."""
 
 import json
-import sys
 from pathlib import Path
 
 from loaders.errors import CheckpointError, ConfigError
@@ -59,8 +58,8 @@ class Config:
         return self._read(key, default, lambda v: _is_int(v) and v >= least, f"an int >= {least}")
 
     def float(self, key, default=REQUIRED):
-        """A number > 0 that a float can hold."""
-        value = self._read(key, default, lambda v: (_is_int(v) or isinstance(v, float)) and 0 < v <= sys.float_info.max,
+        """A number > 0."""
+        value = self._read(key, default, lambda v: (_is_int(v) or isinstance(v, float)) and 0 < v < float("inf"),
                            "a number > 0")
         return None if value is None else float(value)
 
@@ -94,7 +93,8 @@ class Config:
 
 
 def _is_int(value):
-    return isinstance(value, int) and not isinstance(value, bool)
+    """Whether a JSON value is a whole number; one past 64 bits is a slip, and would overflow further on."""
+    return isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63
 
 
 def _show(value):

@@ -7,10 +7,16 @@ from tests import tiny_models as tiny
 
 @pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """{name: directory} of tiny random checkpoints: both families, and windows from below a page to above any prompt."""
+    """{name: directory} of tiny random checkpoints: both families, windows from below a page to above any prompt."""
     root = tmp_path_factory.mktemp("tiny")
-    models = {"gemma3": {}, "gemma4": {}, "gemma3-window-2": {"sliding_window": 2}, "gemma4-window-2": {"sliding_window": 2},
-              "gemma3-window-200": {"sliding_window": 200}, "gemma4-window-200": {"sliding_window": 200},
-              "gemma4-sliding-only": {"layers": "sss"}}
+    models = {f"{family}{name}": {"sliding_window": window} for family in ("gemma3", "gemma4")
+              for name, window in {"": 5, "-window-2": 2, "-window-200": 200}.items()}
+    models["gemma4-sliding-only"] = {"layers": "sss"}
     return {name: tiny.write(root / name, name[:6], seed, generation={"eos_token_id": tiny.EOS}, **fields)
             for seed, (name, fields) in enumerate(models.items())}
+
+
+@pytest.fixture(scope="session")
+def llm(checkpoints):
+    """An engine for tests that do not care what others asked it before."""
+    return tiny.open_llm(checkpoints["gemma4"])

@@ -102,13 +102,14 @@ def test_ratio_is_of_medians_and_pairs_are_of_turns():
     row = Row("tiny", "decode, batch 1", "ms/step", ours=(1.0, 2.0, 4.0), theirs=(9.0, 8.0, 8.0))
     assert row.ratio == 4.0
     assert row.pairs == [9.0, 4.0, 2.0]
-    assert (row.best(row.ours), row.best(row.theirs)) == (1.0, 8.0)
+    assert (row.best(row.ours), row.best(row.theirs), row.best_ratio) == (1.0, 8.0, 8.0)
 
 
 def test_where_higher_is_better_the_ratio_turns_round():
     row = Row("270m", "of the GEMV rate", "%", ours=(80.0, 90.0, 100.0), theirs=(45.0, 45.0, 50.0), better="higher")
     assert row.ratio == 2.0
     assert row.best(row.ours) == 100.0
+    assert row.best_ratio == 2.0
 
 
 @pytest.mark.parametrize("shape, measure, ours, theirs, goal, is_met", [
@@ -174,6 +175,14 @@ def test_rows_carry_units_and_shares():
     assert values["peak over weights + KV"] == (1.5, "x")
 
 
+@pytest.mark.parametrize("load, is_said", [(0.2, False), (2.2, True)])
+def test_a_busy_machine_is_said(load, is_said):
+    settings = {"threads": 2, "repeats": 5, "prefill": 512, "decode": 64, "against": None}
+    document = {"command": "c", "commit": None, "date": "d", "machine": bench_report.machine(), "versions": {},
+                "settings": settings, "metadata": {}, "load_average": [load, 3.0]}
+    assert ("other work was running" in bench_report.header_text(document)) == is_said
+
+
 def test_commit_is_none_outside_git(tmp_path, monkeypatch):
     monkeypatch.setattr(bench_report, "ROOT", tmp_path)
     assert bench_report.commit() is None
@@ -222,7 +231,7 @@ def test_run_prints_a_table_and_writes_json(tmp_path, monkeypatch, capsys):
     assert document["versions"]["transformers"] == "1.0"
     assert {"cpu", "cores", "memory_bytes", "system"} <= set(document["machine"])
     line = next(line for line in text.splitlines() if line.startswith("decode, batch 1"))
-    assert " ".join(line.split()) == "decode, batch 1 ms/step 1.00 1.00 5.00 5.00 5.00 5.00-5.00 ratio >= 4 pass"
+    assert " ".join(line.split()) == "decode, batch 1 ms/step 1.00 1.00 5.00 5.00 5.00 5.00 5.00-5.00 ratio >= 4 pass"
     assert "command: python tools/bench.py engine --against transformers" in text
     assert "note: stand-in" in text
 

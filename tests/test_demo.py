@@ -131,6 +131,29 @@ def test_sampled_stories_are_readable(llm, training):
     assert len({output.text for output in outputs}) == len(outputs)
 
 
-def test_chat_reads_what_it_is_told(llm):
-    told = "Clara left a purple kite on the beach. Oscar left a green drum at the mill. "
-    assert ask(llm, told + "Who left the drum?") == "Oscar left the drum."
+def test_chat_answers_what_it_is_asked(llm):
+    told = "Ruby left a purple kite by the lake. Wendy left a green lantern by the mill. "
+    assert corpus.is_held_out("Ruby", "kite", "lake") and corpus.is_held_out("Wendy", "lantern", "mill")
+    assert ask(llm, told + "Who left the lantern by the mill?") == "Wendy left the lantern by the mill."
+    assert ask(llm, told + "What colour is the kite?") == "The kite is purple."
+    assert ask(llm, "What does a rabbit eat?") == "A rabbit eats carrots."
+
+
+def test_chat_reads_held_out_stories(llm):
+    """Questions about texts of held-out triples, answered word for word: far more than guessing from the wording."""
+    grammar = corpus.Grammar(corpus.SEED + 3, held_out=True)
+    asked = [grammar.read_facts()[0] for _ in range(40)] + [grammar.read_story()[0] for _ in range(40)]
+    answers = llm.chat([[{"role": "user", "content": question}] for question, _ in asked], GREEDY)
+    right = [output.text == wanted for output, (_, wanted) in zip(answers, asked, strict=True)]
+    assert sum(right) >= 0.8 * len(right)
+
+
+def test_a_trigram_models_probabilities_sum_to_one():
+    documents, vocab = [[2, 5, 6, 5, 6, 7, 1], [2, 5, 7, 6, 1], [2, 6, 6, 6, 1]], 9
+    trigram = Trigram(documents, vocab)
+    for seen in ([2], [2, 5], [2, 5, 6], [2, 8, 8], [2, 6, 6]):
+        total = sum(np.exp(trigram.log_probs([*seen, token])[-1]) for token in range(vocab))
+        assert total == pytest.approx(1)
+    unigram = (3 + 4 / vocab) / (14 + 4)        # by hand: 5 is 3 of 14 tokens of 4 kinds,
+    bigram = (1 + 4 * unigram) / (6 + 4)        # 1 of the 6 tokens (4 kinds) after 6, and 1 of the 2 (2 kinds) after 5 6
+    assert np.exp(trigram.log_probs([2, 5, 6, 5])[-1]) == pytest.approx((1 + 2 * bigram) / (2 + 2))

@@ -61,7 +61,8 @@ def test_chunks_pages_and_batches_do_not_show(checkpoints, name, alone, setting)
     assert_all_free(llm)
 
 
-@pytest.mark.parametrize("page_size, max_batch_tokens, n_seqs", [(1, 2048, 1.8), (3, 7, 1.4), (4, 30, 1.4), (16, 4, 1.4)])
+@pytest.mark.parametrize("page_size, max_batch_tokens, n_seqs",
+                         [(1, 2048, 1.8), (3, 7, 1.4), (4, 30, 1.4), (16, 4, 1.4)])
 def test_preemption_does_not_show(checkpoints, name, alone, page_size, max_batch_tokens, n_seqs):
     """Pages for little more than one sequence: others are thrown out midway, recomputed, and get the same tokens."""
     sizes = {"page_size": page_size, "max_seq_len": 56}
@@ -197,7 +198,7 @@ class Broken(Exception):
 @pytest.mark.parametrize("op", ["embed", "attention", "linear", "logit_softcap"])
 @pytest.mark.parametrize("call", [1, 2, 3, 8, 20, 21, 22])
 def test_a_step_that_raises_leaves_nothing_behind(checkpoints, monkeypatch, op, call):
-    """An op fails at its n-th call: the caller gets the error, open streams go on as if nothing had been, pages are back."""
+    """An op fails at its n-th call: the caller gets the error, an open stream goes on, all pages come back."""
     llm = tiny.open_llm(checkpoints["gemma4"], max_seqs=3, max_batch_tokens=9, page_size=3)
     params = SamplingParams(temperature=0, max_tokens=9, ignore_eos=True, n_logprobs=2, prompt_logprobs=1)
     short = SamplingParams(temperature=0, max_tokens=1)
@@ -304,7 +305,8 @@ def test_any_history_gives_what_a_request_gets_alone(checkpoints, name, page_siz
             stream.close()
             assert tokens == tokens_alone(path, *request)[:len(tokens)]
         elif what == "generate":
-            outputs = llm.generate([PROMPTS[which] for which, _, _ in argument], [_params(*rest) for _, *rest in argument])
+            outputs = llm.generate([PROMPTS[which] for which, _, _ in argument],
+                                   [_params(*rest) for _, *rest in argument])
             assert ids(outputs) == [tokens_alone(path, *request) for request in argument]
         elif what == "forward":
             expected = _lonely_engine(path).forward([PROMPTS[argument]]).logits[0]

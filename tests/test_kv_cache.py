@@ -1,4 +1,4 @@
-"""engine/kv_cache.py and the page tables that engine/batch.py makes of it: who owns which page, and where tokens lie."""
+"""engine/kv_cache.py, and the arrays engine/batch.py makes of it: who owns which page, and where each token lies."""
 
 from itertools import pairwise
 from types import SimpleNamespace

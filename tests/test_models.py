@@ -100,7 +100,7 @@ def test_fields_that_must_have_one_value(place, key):
 
 # Of every Used field: another legal value, which must change the ModelSpec, and values that must be refused by name.
 # None as the legal value: there is no other.
-WHOLE = ("8", 0, -1, 2.5, True, [8])
+WHOLE = ("8", 0, -1, 2.5, True, [8], 2**63)
 NUMBER = ("1", 0, -1.0, True, float("inf"), float("nan"), 10**400, [1.0])
 TRUTH = ("no", 0, 1, [True])
 IDS = ("1", -1, [1, "x"], [True], 1.5, {})
@@ -108,7 +108,7 @@ USED_IN_TEXT = {
     "vocab_size": (72, WHOLE),
     "hidden_size": (48, WHOLE),
     "intermediate_size": (48, WHOLE),
-    "num_hidden_layers": (7, WHOLE),
+    "num_hidden_layers": (7, (*WHOLE, 10**9)),
     "num_attention_heads": (8, WHOLE),
     "num_key_value_heads": (4, (*WHOLE, 3)),
     "head_dim": (24, (*WHOLE, 15)),
@@ -353,6 +353,20 @@ def test_gemma3_defaults():
     assert spec_of({**config, "text_config": full}) == spec_of(config)
     no_window = {**config, "text_config": without(full, "sliding_window")}
     assert spec_of(no_window).layers[0].attention.window == 4096
+
+
+def test_gemma4_defaults():
+    """What a config of this class means where it says nothing. Releases say all of it."""
+    config = RELEASED["gemma-4-31b"].config
+    text = without(config["text_config"], "vocab_size", "head_dim", "global_head_dim", "layer_types", "rope_parameters",
+                   "rms_norm_eps", "tie_word_embeddings", "eos_token_id")
+    assert spec_of({**config, "text_config": text}) == spec_of(config)
+    text = without(text, "sliding_window", "max_position_embeddings", "num_attention_heads", "num_key_value_heads",
+                   "num_global_key_value_heads", "attention_k_eq_v", "final_logit_softcapping")
+    spec = spec_of({**config, "text_config": text})
+    sliding, full = spec.layers[0].attention, spec.layers[5].attention
+    assert (sliding.window, spec.max_positions, spec.logit_softcap) == (512, 131072, None)
+    assert (sliding.n_heads, sliding.n_kv_heads, full.n_kv_heads, full.v_is_k) == (8, 4, 4, False)
 
 
 @pytest.mark.parametrize("family", ["gemma3", "gemma4"])

@@ -98,7 +98,8 @@ REQUEST = st.fixed_dictionaries({
     windows=st.lists(st.none() | st.integers(1, 45), min_size=1, max_size=3), page_size=st.integers(1, 9),
     extra_pages=st.lists(st.integers(0, 9), min_size=3, max_size=3), max_seqs=st.integers(1, 5),
     max_batch_tokens=st.integers(1, 24), requests=st.lists(REQUEST, min_size=1, max_size=6), data=st.data())
-def test_any_history_ends_and_loses_nothing(windows, page_size, extra_pages, max_seqs, max_batch_tokens, requests, data):
+def test_any_history_ends_and_loses_nothing(windows, page_size, extra_pages, max_seqs, max_batch_tokens, requests,
+                                            data):
     """Random arrivals, lengths, aborts, pools and limits: no deadlock, no leak, and each token finds its own past."""
     scheduler = scheduler_of(windows, page_size, 40, extra_pages[:len(windows)], max_seqs, max_batch_tokens)
     memory = Memory(scheduler.kv_cache)

@@ -8,7 +8,7 @@ import json
 import numpy as np
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from engine import LLM, plan
+from engine import LLM, SamplingParams, plan
 from tests import tiny
 
 VOCAB = 96
@@ -44,9 +44,8 @@ def write(directory, family, seed=0, layers="ssgs", generation=None, with_text=T
 def _tokenizer():
     """BPE of VOCAB tokens: letters, a few merges, and the three bytes of "€", so that characters cross tokens."""
     chars = [*"▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'\n"]
-    merges = [("t", "h"), ("▁", "t"), ("h", "e"), ("▁t", "he"), ("c", "a"), ("ca", "t"), ("i", "n"), ("e", "r"), ("a", "n"),
-              ("o", "n"), ("r", "e"), ("e", "d"), ("▁", "a"), ("o", "r"), ("e", "s"), ("i", "s"), ("a", "t"), ("e", "n"),
-              ("o", "u")]
+    merges = [tuple(pair) for pair in ("th", "▁t", "he", "ca", "in", "er", "an", "on", "re", "ed", "▁a", "or", "es", "is",
+                                       "at", "en", "ou")] + [("▁t", "he"), ("ca", "t")]
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<0xE2>", "<0x82>", "<0xAC>", *chars,
               *(left + right for left, right in merges)]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>",
@@ -77,3 +76,8 @@ def prompts(seed, *lengths):
     """Random token ids, no special tokens among them."""
     rng = np.random.default_rng(seed)
     return [rng.integers(8, VOCAB, n).tolist() for n in lengths]
+
+
+def greedy(**fields):
+    """SamplingParams of eight greedy tokens, unless told."""
+    return SamplingParams(**{"temperature": 0, "max_tokens": 8, "ignore_eos": True, **fields})

@@ -21,7 +21,8 @@ from tools import demo_stories as stories
 from tools import demo_words as words
 
 SEED = 20
-N_TRAINING = 16_000
+N_LESSONS = 4_000       # short reading lessons, before the stories: a small model learns to look back from them
+N_TRAINING = 15_000     # with the lessons
 N_HELD_OUT = 160
 N_PROMPTS = 4
 HELD_OUT_ONE_IN = 10
@@ -34,8 +35,9 @@ def is_held_out(hero, thing, place):
 
 
 def training_documents(n=N_TRAINING):
+    """The lessons, then stories and chats of all kinds."""
     grammar = Grammar(SEED, held_out=False)
-    return [grammar.document() for _ in range(n)]
+    return [grammar.lesson() for _ in range(N_LESSONS)] + [grammar.document() for _ in range(n - N_LESSONS)]
 
 
 def held_out_documents(n=N_HELD_OUT):
@@ -58,6 +60,10 @@ def prompts(n=N_PROMPTS):
 def chat_document(messages):
     """The text that demo/checkpoint/chat_template.jinja renders, less <bos> and the last newline."""
     return "\n".join(f"<|turn>{role}\n{text}<turn|>" for role, text in messages)
+
+
+def turns(exchanges):
+    return [turn for user, model in exchanges for turn in (("user", user), ("model", model))]
 
 
 def capital(text):
@@ -186,6 +192,9 @@ class Grammar:
     def small_talk(self):
         return [tuple(self.fill(part, {}) for part in self.pick(words.SMALL_TALK))]
 
+    def lesson(self):
+        return chat_document(turns(self.read_facts()))
+
     def chat(self):
         kinds = [self.told_story] * 5 + [self.read_story] * 5 + [self.read_facts] * 5
         if not self.held_out:                           # what everybody knows cannot be held out
@@ -194,7 +203,7 @@ class Grammar:
         if len(exchanges) == 1 and self.chance(0.3):
             exchanges += self.pick(kinds)()
         system = [("system", self.pick(words.SYSTEM))] if self.chance(0.1) else []
-        return system + [turn for user, model in exchanges for turn in (("user", user), ("model", model))]
+        return system + turns(exchanges)
 
     def document(self):
         return self.story().text + "<eos>" if self.chance(0.5) else chat_document(self.chat())

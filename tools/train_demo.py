@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.utils import logging
 
@@ -26,9 +26,8 @@ from tools.demo_trigram import Trigram, perplexity
 SEED = 4
 VOCAB = 1536
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"]        # ids 0 to 5, found by name everywhere else
-TOKENS_PER_BATCH = 3072
-EPOCHS = 1
-PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY = 4e-3, 60, 0.1
+TOKENS_PER_BATCH = 1024
+MUON_LR, ADAM_LR, WARMUP_STEPS = 0.02, 5e-3, 60
 
 CONFIG = {      # the schema of the released config.json; small numbers, and a window that most stories outgrow
     "architectures": ["Gemma4ForCausalLM"],
@@ -102,9 +101,8 @@ def train_tokenizer(documents):
     """A byte-fallback BPE built like Gemma's: spaces become ▁, no merge crosses a word, <bos> is put in front."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([     # while training only: the merges remember the word borders
-        pre_tokenizers.Split("▁", "merged_with_next"), pre_tokenizers.Punctuation("isolated"),
-        pre_tokenizers.Split("\n", "isolated")])
+    # While training only: words and runs of marks, each with the space before it. The merges remember these borders.
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?(\w+|[^\w▁\n]+)|\n|▁"), "isolated")
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     alphabet = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
     trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL + bytes_, initial_alphabet=alphabet,
@@ -140,11 +138,11 @@ def write_tokenizer(tokenizer, folder):
 
 # ---- model ---------------------------------------------------------------------------------------------------------
 def new_model():
-    """Random weights, scaled so that the residual stream, the attention scores and the logits begin near 1."""
+    """Random weights, scaled so that the residual stream, the attention scores and the logits begin of order 1."""
     model = Gemma4ForCausalLM(Gemma4TextConfig(**CONFIG, attn_implementation="sdpa")).float()
     for name, weight in model.named_parameters():
         if name.endswith(("q_norm.weight", "k_norm.weight")):
-            torch.nn.init.constant_(weight, weight.shape[0] ** -0.25)       # q · k is not divided by sqrt(head_dim)
+            torch.nn.init.constant_(weight, 0.6)        # q · k is not divided by sqrt(head_dim): its std is 2 or 3
         elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
             torch.nn.init.constant_(weight, 0.5)
         elif weight.ndim == 2:
@@ -179,28 +177,33 @@ def token_losses(model, batch):
 
 
 def train(model, documents):
+    """One pass: first the lessons, then the rest. Muon for the matrices inside the layers, AdamW for everything else."""
     rng = np.random.default_rng(SEED)
-    steps = [batch for _ in range(EPOCHS) for batch in batches(documents, rng)]
-    matrices = [p for p in model.parameters() if p.ndim == 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": WEIGHT_DECAY},
-                                   {"params": vectors, "weight_decay": 0.0}], lr=PEAK_LR, betas=(0.9, 0.98), fused=True)
+    lessons, rest = documents[:corpus.N_LESSONS], documents[corpus.N_LESSONS:]
+    steps = batches(lessons, rng) + batches(rest, rng)
+    parameters = dict(model.named_parameters())
+    inner = [weight for name, weight in parameters.items() if weight.ndim == 2 and "embed" not in name]
+    outer = [weight for name, weight in parameters.items() if weight.ndim != 2 or "embed" in name]
+    optimizers = [torch.optim.Muon(inner, lr=MUON_LR, weight_decay=0.0),
+                  torch.optim.AdamW(outer, lr=ADAM_LR, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+
+    def rate(step):     # of the peak: a short warm-up, then a cosine down to 2 %
+        return min((step + 1) / WARMUP_STEPS, 0.02 + 0.49 * (1 + math.cos(math.pi * step / len(steps))))
+    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
     started, shown = time.monotonic(), []
-    for step, batch in enumerate(steps):
-        progress = step / len(steps)
-        rate = PEAK_LR * min((step + 1) / WARMUP_STEPS, 0.02 + 0.49 * (1 + math.cos(math.pi * progress)))
-        for group in optimizer.param_groups:
-            group["lr"] = rate
+    for step, batch in enumerate(steps, start=1):
         losses, real = token_losses(model, batch)
         loss = losses[real].mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
         shown.append(loss.item())
-        if (step + 1) % 50 == 0 or step + 1 == len(steps):
+        if step % 100 == 0 or step == len(steps):
             seconds = time.monotonic() - started
-            print(f"step {step + 1}/{len(steps)}  loss {np.mean(shown):.3f}  {seconds:.0f} s", flush=True)
+            print(f"step {step}/{len(steps)}  loss {np.mean(shown):.3f}  {seconds:.0f} s", flush=True)
             shown = []
 
 
@@ -243,7 +246,7 @@ def main():
 
     model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)     # measure what was written
     trigram = Trigram(documents, VOCAB)
-    seen = documents[:len(held_out)]
+    seen = documents[-len(held_out):]
     metrics = {
         "training_documents": len(documents), "training_tokens": n_tokens, "held_out_documents": len(held_out),
         "held_out_tokens": sum(len(document) - 1 for document in held_out),

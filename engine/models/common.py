@@ -1,12 +1,16 @@
 """Config readings that the Gemma families share."""
 
 SLIDING, GLOBAL = "sliding_attention", "full_attention"
+MOST_LAYERS = 1000          # released models have up to 62; a slip in the file must not fill the memory with LayerSpecs
 
 
-def layer_types(config, n_layers, pattern):
+def layer_types(config, pattern):
     """The kind of each layer: the list in the file, else every `pattern`-th layer is global."""
-    listed = config.list("layer_types", None, length=n_layers, one_of=(SLIDING, GLOBAL))
-    return listed or [GLOBAL if (i + 1) % pattern == 0 else SLIDING for i in range(n_layers)]
+    n = config.int("num_hidden_layers")
+    if n > MOST_LAYERS:
+        raise config.error("num_hidden_layers", f"at most {MOST_LAYERS}")
+    listed = config.list("layer_types", None, length=n, one_of=(SLIDING, GLOBAL))
+    return listed or [GLOBAL if (i + 1) % pattern == 0 else SLIDING for i in range(n)]
 
 
 def kv_heads(config, key, n_heads, default):

@@ -58,10 +58,9 @@ def describe_multimodal(config):
 
 
 def _describe(config, *, tied, eos_ids, logit_softcap, unused=()):
-    # Released 4B to 27B files leave out whatever equals the class default (spec section 2.2), so the defaults here are
-    # the format's, not ours. No release leaves out the three sizes without one.
+    # Released 4B to 27B files leave out whatever equals the class default, so the defaults here are the format's, not
+    # ours. No release leaves out the three sizes without one.
     hidden = config.int("hidden_size")
-    n_layers = config.int("num_hidden_layers")
     n_heads = config.int("num_attention_heads", 8)
     sliding_rope, global_rope = _ropes(config)
     attention = AttentionSpec(
@@ -74,7 +73,7 @@ def _describe(config, *, tied, eos_ids, logit_softcap, unused=()):
     return ModelSpec(
         architecture="gemma3", hidden=hidden, vocab=config.int("vocab_size", 262208),
         layers=tuple(LayerSpec(kinds[kind], mlp)
-                     for kind in layer_types(config, n_layers, config.int("sliding_window_pattern", 6))),
+                     for kind in layer_types(config, config.int("sliding_window_pattern", 6))),
         norm_eps=config.float("rms_norm_eps", 1e-6), norm_offset=1.0, embed_scale=hidden**0.5,
         logit_softcap=logit_softcap, max_positions=config.int("max_position_embeddings", 131072), tied=tied,
         eos_ids=eos_ids, unused=unused)

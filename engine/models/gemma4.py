@@ -71,8 +71,8 @@ def _describe(config, absent, *, tied, eos_ids, unused=()):
     if config.int("hidden_size_per_layer_input", absent["hidden_size_per_layer_input"], least=0):
         raise config.error("hidden_size_per_layer_input",
                            "0: per-layer inputs (E2B, E4B; absent means on) are not supported yet")
-    hidden, n_layers = config.int("hidden_size"), config.int("num_hidden_layers")
-    kinds = layer_types(config, n_layers, 6)
+    hidden = config.int("hidden_size")
+    kinds = layer_types(config, 6)
     mlp = DenseSpec(config.int("intermediate_size"))
     return ModelSpec(
         architecture="gemma4", hidden=hidden, vocab=config.int("vocab_size", 262144),

@@ -1,0 +1,235 @@
+"""engine/memory_plan.py: what fits is computed from config.json alone, holds what it promises, and never exceeds it."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import LLM, memory_plan, plan
+from engine.backend import Lane
+from engine.config import EngineConfig
+from engine.errors import ConfigError, MemoryPlanError
+from engine.kv_cache import KVCache
+from engine.memory_plan import host_memory_left, plan_memory
+from engine.models import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec, describe
+from engine.sequence import Sequence
+from loaders.config import Config
+from tests import tiny
+from tests.released import RELEASED
+
+MiB = 2**20
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """put(config): a directory with that config.json and nothing else."""
+    def put(config):
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        return tmp_path
+    return put
+
+
+def by_kind(a_plan):
+    return {pool.kind.partition("(")[0]: pool for pool in a_plan.pools}
+
+
+# --- released models, from their config.json alone
+
+# K and V of one sequence in all sliding layers at the length of the window, MiB: from the dimensions of each model.
+SLIDING_MIB = {"gemma-3-270m": 7.5, "gemma-3-1b": 11, "gemma-3-4b": 116, "gemma-3-12b": 320, "gemma-3-27b": 416,
+               "gemma-4-12b": 320, "gemma-4-31b": 800}
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_released_models_on_one_gpu(directory, name):
+    released = RELEASED[name]
+    got = plan(directory(released.config), device="cuda", memory_bytes=141e9)
+    pools = by_kind(got)
+    assert got.weights_bytes == 2 * released.n_params
+    assert pools["global"].token_bytes == released.global_token_bytes
+    assert pools["sliding"].token_bytes == released.n_sliding * released.sliding_token_bytes
+    assert pools["sliding"].token_bytes * released.window == SLIDING_MIB[name] * MiB
+    assert pools["sliding"].kind == f"sliding({released.window})"
+    assert got.max_seq_len == released.max_positions            # each fits one GPU with its longest sequence
+    assert got.n_full_seqs >= 1
+    assert got.memory_bytes == int(0.9 * 141e9)
+    assert got.weights_bytes + got.kv_bytes + got.workspace_bytes + got.free_bytes == got.memory_bytes
+    assert got.free_bytes >= 0
+
+
+def test_longest_sequence_that_a_smaller_memory_holds(directory):
+    """31B: 61.4 GB of weights leave 4.5 GB of 73 GB x 0.9; a sequence takes 81,920 bytes a token beyond the window."""
+    got = plan(directory(RELEASED["gemma-4-31b"].config), device="cuda", memory_bytes=73e9)
+    left = got.memory_bytes - got.weights_bytes - got.workspace_bytes
+    sliding_pages = (1024 + 2 + 16 - 2) // 16 + 1               # what 1026 positions touch at worst
+    assert got.max_seq_len == (left - sliding_pages * 16 * 50 * 16_384) // (16 * 81_920) * 16
+    assert 0 <= got.free_bytes < 16 * 81_920
+
+
+def test_needs_no_weights_on_any_lane(directory):
+    path = directory(tiny.nested("gemma4"))
+    itemsize = {"cpu": 4, "cuda": 2, "emulated": 2}
+    plans = {device: plan(path, device=device, memory_bytes=10**9) for device in itemsize}
+    n_weights = sum(tensor.size for tensor in tiny.random_tensors(tiny.nested("gemma4")).values())
+    for device, got in plans.items():
+        assert got.weights_bytes == itemsize[device] * n_weights
+        assert got.max_seq_len == 128 and got.n_full_seqs == 64
+    with pytest.raises(ConfigError, match="needs memory_bytes"):
+        plan(path, device="cuda")
+
+
+def test_a_head_of_its_own_takes_memory(directory):
+    tied, untied = (plan(directory(tiny.flat("gemma3", tie_word_embeddings=tied)), device="cpu", memory_bytes=10**9)
+                    for tied in (True, False))
+    assert untied.weights_bytes - tied.weights_bytes == 4 * 64 * 32
+
+
+def test_the_engine_runs_under_its_plan(tmp_path):
+    path = tiny.write_checkpoint(tmp_path / "c", tiny.flat("gemma4"))
+    arguments = {"device": "cpu", "kv_cache_bytes": 100_000, "max_seqs": 3, "max_batch_tokens": 7, "page_size": 5}
+    llm = LLM(path, **arguments)
+    assert llm.plan().pools == plan(path, **arguments).pools
+    assert llm.kv_cache.n_bytes == llm.plan().kv_bytes <= 100_000
+    assert llm.max_seq_len == llm.plan().max_seq_len
+
+
+# --- any model, any budget
+
+@st.composite
+def models(draw):
+    kinds = draw(st.lists(st.builds(
+        lambda window, n_kv_heads, half: AttentionSpec(4, n_kv_heads, 2 * half, 1.0, RopeSpec(1e4), window=window),
+        window=st.none() | st.integers(1, 70), n_kv_heads=st.sampled_from([1, 2, 4]), half=st.integers(1, 16)),
+        min_size=1, max_size=3))
+    layers = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6))
+    return ModelSpec("any", 16, 32, tuple(LayerSpec(kind, DenseSpec(16)) for kind in layers), 1e-6, 0.0, 4.0, None,
+                     max_positions=draw(st.integers(1, 300)), tied=True)
+
+
+@given(spec=models(), kv_bytes=st.integers(1, 400_000), page_size=st.sampled_from([1, 3, 16, 33]),
+       max_seqs=st.sampled_from([1, 2, 8]), max_batch_tokens=st.integers(1, 64))
+@settings(max_examples=200, deadline=None)
+def test_pools_of_any_size(spec, kv_bytes, page_size, max_seqs, max_batch_tokens):
+    config = EngineConfig(kv_cache_bytes=kv_bytes, page_size=page_size, max_seqs=max_seqs,
+                          max_batch_tokens=max_batch_tokens)
+
+    def needs(pools, n_tokens):
+        return sum(pool.page_bytes * pool.spec.pages_needed(n_tokens, page_size) for pool in pools)
+
+    try:
+        got = plan_memory(spec, config, 4, memory_bytes=10**9)
+    except MemoryPlanError:
+        one_page_each = plan_memory(spec, EngineConfig(page_size=page_size, max_seq_len=1), 4, memory_bytes=10**9)
+        assert needs(one_page_each.pools, 1) > kv_bytes
+        return
+    n = got.max_seq_len
+    assert got.kv_bytes <= kv_bytes
+    assert 1 <= got.n_full_seqs <= max_seqs
+    assert sorted(layer for pool in got.pools for layer in pool.spec.layers) == list(range(len(spec.layers)))
+    assert n == spec.max_positions or needs(got.pools, n + 1) > kv_bytes      # nothing longer fits
+    for pool in got.pools:
+        assert pool.spec.pages_needed(n, page_size) <= pool.n_pages <= max_seqs * -(-n // page_size)
+    _assert_one_sequence_fits(got, n, page_size)
+
+
+def _assert_one_sequence_fits(got, n_tokens, page_size):
+    """A sequence of n_tokens, computed one at a time, never lacks a page."""
+    cache = KVCache([pool.spec for pool in got.pools], [pool.n_pages for pool in got.pools], page_size,
+                    Lane("cpu", None, np.dtype(np.float32), True))
+
+    class Task:
+        first_logit = 0
+
+    sequence = Sequence(0, [0] * n_tokens, Task, cache.new_page_lists())
+    for position in range(n_tokens):
+        assert cache.reserve(sequence, 1) == 1, f"no page for position {position}"
+        sequence.n_cached += 1
+        cache.trim(sequence)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_plenty_of_memory_holds_max_seqs(directory, family):
+    path = directory(tiny.flat(family))
+    got = plan(path, device="cpu", memory_bytes=10**10, max_seqs=5)
+    assert (got.max_seq_len, got.n_full_seqs, got.max_seqs) == (128, 5, 5)
+    assert plan(path, device="cpu", memory_bytes=10**11, max_seqs=5).kv_bytes == got.kv_bytes       # and no more
+    assert plan(path, device="cpu", memory_bytes=10**10, max_seqs=5, max_seq_len=50).max_seq_len == 50
+
+
+# --- what does not fit
+
+@pytest.mark.parametrize(("arguments", "error", "expected"), [
+    ({"memory_bytes": 1000}, MemoryPlanError, "900 bytes cannot hold"),
+    ({"memory_bytes": 10**8, "kv_cache_bytes": 10**8}, MemoryPlanError, "with kv_cache_bytes of 100000000"),
+    ({"memory_bytes": 10**8, "kv_cache_bytes": 1}, MemoryPlanError, "of 1 bytes holds one sequence of 0 tokens"),
+    ({"memory_bytes": 10**8, "kv_cache_bytes": 50_000, "max_seq_len": 128}, MemoryPlanError, "len is 128; raise"),
+    ({"memory_bytes": 10**8, "max_seq_len": 129}, ConfigError, "is 129, the model's max_position_embeddings is 128"),
+])
+def test_refusals(directory, arguments, error, expected):
+    with pytest.raises(error) as caught:
+        plan(directory(tiny.flat("gemma3")), device="cpu", **arguments)
+    assert expected in str(caught.value) and "-" not in str(caught.value)       # no negative sizes
+
+
+# --- the host
+
+def test_the_host_lends_a_quarter(monkeypatch):
+    spec = describe(Config(tiny.flat("gemma3", max_position_embeddings=10**6)))
+    monkeypatch.setattr(memory_plan, "host_memory_left", lambda: 40_000_000)
+    got = plan_memory(spec, EngineConfig(), 4)
+    quarter = (40_000_000 - got.weights_bytes - got.workspace_bytes) // 4
+    assert got.memory_bytes == 40_000_000
+    assert quarter - sum(pool.page_bytes for pool in got.pools) < got.kv_bytes <= quarter
+    assert plan_memory(spec, EngineConfig(kv_cache_bytes=3 * quarter), 4).kv_bytes > 2 * quarter     # when told to
+    monkeypatch.setattr(memory_plan, "host_memory_left", lambda: 1000)
+    with pytest.raises(MemoryPlanError, match="1000 bytes cannot hold"):
+        plan_memory(spec, EngineConfig(), 4)
+
+
+MEMINFO = "MemTotal:       16000 kB\nMemFree:         100 kB\nMemAvailable:    8000 kB\nHugePages_Total:       0\n"
+V1, V2 = "/sys/fs/cgroup/memory", "/sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(("files", "left"), [
+    ({}, 8_192_000),
+    ({f"{V2}/memory.max": "max\n", f"{V2}/memory.current": "5000000\n"}, 8_192_000),
+    ({f"{V2}/memory.max": "6000000\n", f"{V2}/memory.current": "5000000\n",
+      f"{V2}/memory.stat": "anon 4000000\nfile 900000\ninactive_file 700000\nactive_file 200000\n"}, 1_700_000),
+    ({f"{V2}/memory.max": "90000000\n", f"{V2}/memory.current": "5000000\n", f"{V2}/memory.stat": ""}, 8_192_000),
+    # a group below the root, whose parent leaves less
+    ({"/proc/self/cgroup": "0::/user.slice/app.scope\n", f"{V2}/user.slice/app.scope/memory.max": "7000000",
+      f"{V2}/user.slice/app.scope/memory.current": "1000000", f"{V2}/user.slice/memory.max": "9000000",
+      f"{V2}/user.slice/memory.current": "6000000"}, 3_000_000),
+    # version 1: no limit is a number close to 2^63, and other controllers' groups are not looked at
+    ({"/proc/self/cgroup": "5:cpu,cpuacct:/b\n4:memory:/a\n1:name=systemd:/c\n0::/\n",
+      f"{V1}/b/memory.limit_in_bytes": "1", f"{V1}/b/memory.usage_in_bytes": "1",
+      f"{V1}/memory.limit_in_bytes": "9223372036854771712", f"{V1}/memory.usage_in_bytes": "4000000",
+      f"{V1}/a/memory.limit_in_bytes": "5000000", f"{V1}/a/memory.usage_in_bytes": "4500000",
+      f"{V1}/a/memory.stat": "inactive_file 1\ntotal_inactive_file 250000\n"}, 750_000),
+])
+def test_memory_left_on_the_host(monkeypatch, files, left):
+    files = {"/proc/meminfo": MEMINFO, **files}
+    monkeypatch.setattr(memory_plan, "_read", lambda path: files.get(str(path).replace("//", "/"), ""))
+    assert host_memory_left() == left
+
+
+def test_memory_left_on_this_machine():
+    assert 0 < host_memory_left() < 2**50
+    assert memory_plan._read("/no/such/file") == ""
+
+
+# --- as text
+
+def test_text():
+    spec = describe(Config(tiny.flat("gemma4")))
+    config = EngineConfig(kv_cache_bytes=3 * MiB, max_seqs=2, max_batch_tokens=512)
+    got = plan_memory(spec, config, 4, memory_bytes=100 * MiB)
+    assert str(got).splitlines() == [
+        "weights                    0.3 MiB",
+        "KV sliding(5)              0.2 MiB  16 pages of 16: 256 tokens, 1024 bytes a token in 4 layers",
+        "KV global                  0.1 MiB  16 pages of 16: 256 tokens, 512 bytes a token in 2 layers",
+        "workspace                  1.0 MiB",
+        "free                      88.4 MiB",
+        "longest sequence 128 tokens; 2 of that length at once"]
