@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from engine import prompts as prompt_input
-from engine.backend import open_lane
+from engine.backend import lane_of, open_lane
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
 from engine.explain import explain
@@ -41,7 +41,7 @@ class LLM:
     max_batch_tokens  tokens computed in one step
     page_size         tokens of one KV page
     kv_cache_bytes    None takes a quarter of the host memory that is left, or what max_seqs of max_seq_len need
-    memory_fraction   share of the device's memory to use
+    memory_fraction   share of a GPU's memory to use; a host's is not claimed by the share
     prefix_caching    accepted; has no effect yet
     graphs, gemm      choices of the cuda lane
     seed              64-bit; requests without a seed of their own draw from (seed, submission counter)
@@ -56,18 +56,18 @@ class LLM:
         self.config = EngineConfig(**{field.name: arguments[field.name] for field in fields(EngineConfig)})
         self.lane = open_lane(device, dtype)
         self.path = Path(resolve(model, progress=progress))
-        config = Config.load(self.path)
-        self.spec = describe(config)
+        self.spec = describe(Config.load(self.path))
         self.tokenizer = Tokenizer.load(self.path)
         self.chat_template = ChatTemplate.load(self.path)
         generation = load_generation_config(self.path)
-        eos_ids = generation.eos_token_ids or _config_eos(config)
+        eos_ids = generation.eos_token_ids or self.spec.eos_ids
         self.eos_ids = tuple(i for i in eos_ids if i < self.spec.vocab)     # a shrunk vocabulary cannot emit the others
         self.default_params = SamplingParams(**generation.sampling)
         with Checkpoint.open(self.path) as checkpoint:
             accounts = checked_account(self.spec, checkpoint.tensors)       # before anything large is allocated
             self._plan = plan_memory(self.spec, self.config, self.lane.dtype.itemsize)
-            with self._bar(checkpoint.n_bytes, "loading", unit="B", unit_scale=True) as bar:
+            n_bytes = sum(checkpoint.tensors[name].n_bytes for name in accounts.names.values())
+            with self._bar(n_bytes, "loading", unit="B", unit_scale=True) as bar:
                 self.weights = load(self.spec, checkpoint, accounts, self.lane, bar.update)
         self.kv_cache = KVCache([pool.spec for pool in self._plan.pools], [pool.n_pages for pool in self._plan.pools],
                                 page_size, self.lane)
@@ -271,20 +271,8 @@ def plan(model, memory_bytes=None, **arguments):
     memory_bytes  memory to plan with; None is this host's. device="cuda" plans bfloat16 and needs it given
     """
     config = EngineConfig(**arguments)
-    spec = describe(Config.load(resolve(model, progress=config.progress)))
-    on_gpu = config.device.startswith(("cuda", "emulated"))
-    if on_gpu and memory_bytes is None:
+    spec = describe(Config.load(resolve(model, files=("config.json",), progress=config.progress)))
+    kind, dtype = lane_of(config.device, config.dtype)
+    if kind == "cuda" and memory_bytes is None:
         raise ConfigError(f"plan for device {config.device!r} needs memory_bytes, the memory of the GPU planned for")
-    if not on_gpu:
-        open_lane(config.device, config.dtype)
-    return plan_memory(spec, config, 2 if on_gpu else 4, memory_bytes)
-
-
-def _config_eos(config):
-    """End-of-text ids of config.json, for checkpoints whose generation config names none."""
-    text = config.section("text_config", config)
-    ids = config.values.get("eos_token_id") or text.values.get("eos_token_id") or ()
-    ids = tuple(ids) if isinstance(ids, (list, tuple)) else (ids,)
-    if not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise config.error("eos_token_id", "a token id or a list of them")
-    return ids
+    return plan_memory(spec, config, dtype.itemsize, memory_bytes)

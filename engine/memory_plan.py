@@ -149,8 +149,11 @@ def host_memory_left():
     meminfo = dict(line.split()[:2] for line in _read("/proc/meminfo").splitlines())
     if "MemAvailable:" in meminfo:
         left = int(meminfo["MemAvailable:"]) * 1024
-    else:                                               # not Linux: sysconf knows the total
+    elif hasattr(os, "sysconf"):                        # not Linux: sysconf knows the total
         left = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    else:
+        raise MemoryPlanError("this system does not say how much memory it has; plan(..., memory_bytes=...) works, and "
+                              "the engine runs on Linux and macOS")
     groups = {"/"}                                      # in a container the own group is often mounted as the root
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)

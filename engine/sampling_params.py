@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 
 from engine.errors import ParamsError
 
-GREEDY_BELOW = 1e-5     # a temperature below this is greedy (spec/speculative.md 3.1)
+GREEDY_BELOW = 1e-5     # a temperature below this is greedy
 
 
 @dataclass(frozen=True)

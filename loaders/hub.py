@@ -11,11 +11,12 @@ WHAT_WE_READ = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model"]
 REPO = re.compile(r"(?P<id>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[^@\s]+))?")      # owner/name or owner/name@revision
 
 
-def resolve(model, *, progress=True):
+def resolve(model, *, files=WHAT_WE_READ, progress=True):
     """The checkpoint directory of `model`, downloaded first where that is needed.
 
     model       an existing directory, or "owner/name" or "owner/name@revision" on the Hugging Face hub. HF_HUB_OFFLINE,
                 HF_HOME and HF_TOKEN work as that library documents them
+    files       patterns of the files wanted; a plan needs config.json only
     progress    show download bars, if stderr is a terminal
     Raises CheckpointError, which says what to do.
     """
@@ -29,10 +30,10 @@ def resolve(model, *, progress=True):
     if repo is None:
         raise CheckpointError(f"{name!r}: no such directory, nor a name like owner/name or owner/name@revision, "
                               "which would be downloaded from huggingface.co")
-    return _download(repo["id"], repo["revision"], quiet=not (progress and sys.stderr.isatty()))
+    return _download(repo["id"], repo["revision"], list(files), quiet=not (progress and sys.stderr.isatty()))
 
 
-def _download(repo_id, revision, quiet):
+def _download(repo_id, revision, files, quiet):
     """snapshot_download, with each way it fails turned into a CheckpointError."""
     from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import (
@@ -47,7 +48,7 @@ def _download(repo_id, revision, quiet):
     if quiet and not was_quiet:
         disable_progress_bars()
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=WHAT_WE_READ, ignore_patterns=["*/*"]))
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
     except GatedRepoError as error:
         raise CheckpointError(f"{repo_id}: asks for a licence to be accepted; do that on "
                               f"https://huggingface.co/{repo_id}, then `hf auth login` or set HF_TOKEN") from error

@@ -27,7 +27,7 @@ MINI = Shape("mini", hidden=16, layers=7, heads=2, kv_heads=1, head_dim=8, inter
 # --- checkpoints
 
 def test_270m_has_the_published_size():
-    assert SHAPES["270m"].weight_bytes() == 4 * 268_098_176        # spec/gemma3.md section 1
+    assert SHAPES["270m"].weight_bytes() == 4 * 268_098_176        # as published
     norms = 18 * (4 * 640 + 2 * 256) + 640
     assert SHAPES["270m"].token_bytes() == 4 * (268_098_176 - norms)
 

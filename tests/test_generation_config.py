@@ -18,7 +18,7 @@ def test_no_file(tmp_path):
 
 
 def test_the_file_of_a_released_model(tmp_path):
-    """gemma-4-26b: spec/gemma4.md section 6."""
+    """As gemma-4-26b is released."""
     config = load(tmp_path, bos_token_id=2, do_sample=True, eos_token_id=[1, 106, 50], pad_token_id=0, temperature=1.0,
                   top_k=64, top_p=0.95, transformers_version="5.5.0")
     assert config == GenerationConfig((1, 106, 50), {"temperature": 1.0, "top_k": 64, "top_p": 0.95})

@@ -29,7 +29,7 @@ class Shape:
     pattern: int = 6
 
     def config(self):
-        """config.json as released files spell it (the flat RoPE fields); spec/gemma3.md section 2."""
+        """config.json as released files spell it (the flat RoPE fields)."""
         return {
             "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "torch_dtype": "bfloat16",
             "hidden_size": self.hidden, "num_hidden_layers": self.layers, "intermediate_size": self.intermediate,
