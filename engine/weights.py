@@ -125,7 +125,7 @@ def account(spec, tensors):
         for tensor, shape in target.parts:
             names[tensor], shapes[tensor] = head if tensor == HEADS[0] else prefix + tensor, shape
     used = set(names.values())
-    unused = tuple(name for name in tensors if name not in used and (name == head or name.startswith(spec.unused)))
+    unused = tuple(name for name in tensors if name not in used and (name == head or name.startswith(spec.unused_prefixes)))
     surplus = [name for name in tensors if name not in used and name not in unused]
     problems = _with_nearest({name: f"the checkpoint has no {name} {list(shapes[tensor])}"
                               for tensor, name in names.items() if name not in tensors}, surplus)

@@ -76,7 +76,7 @@ def _describe(config, *, tied, eos_ids, logit_softcap, unused=()):
                      for kind in layer_types(config, config.int("sliding_window_pattern", 6))),
         norm_eps=config.float("rms_norm_eps", 1e-6), norm_offset=1.0, embed_scale=hidden**0.5,
         logit_softcap=logit_softcap, max_positions=config.int("max_position_embeddings", 131072), tied=tied,
-        eos_ids=eos_ids, unused=unused)
+        eos_ids=eos_ids, unused_prefixes=unused)
 
 
 def _ropes(config):

@@ -81,7 +81,7 @@ def _describe(config, absent, *, tied, eos_ids, unused=()):
         norm_eps=config.float("rms_norm_eps", 1e-6), norm_offset=0.0, embed_scale=hidden**0.5,
         logit_softcap=config.float("final_logit_softcapping", None),
         max_positions=config.int("max_position_embeddings", absent["max_position_embeddings"]), tied=tied,
-        eos_ids=eos_ids, unused=unused)
+        eos_ids=eos_ids, unused_prefixes=unused)
 
 
 def _attentions(config, kinds, default_window):

@@ -84,7 +84,7 @@ class ModelSpec:
     logit_softcap   c in c * tanh(logits / c), or None
     tied            the head is the embedding matrix; a separate head is used only if the checkpoint has one
     eos_ids         token ids that end a text, as config.json names them; generation_config.json goes before it
-    unused          name prefixes of tensors that a text run does not read (vision and audio parts)
+    unused_prefixes name prefixes of tensors that a text run does not read (vision and audio parts)
     """
 
     architecture: str
@@ -98,4 +98,4 @@ class ModelSpec:
     max_positions: int
     tied: bool
     eos_ids: tuple = ()
-    unused: tuple = ()
+    unused_prefixes: tuple = ()
