@@ -6,9 +6,10 @@ from bisect import insort
 class Scheduler:
     """Mixes decoding and chunked prefill under `max_batch_tokens`, with at most `max_seqs` sequences at once.
 
-    Sequences that waited longest come first, decodes before prefills, then in order of submission. When pages run out
-    the newest sequence gives back all of its own and is recomputed later. The oldest one can always go on, because the
-    cache holds at least one sequence of the largest length the engine accepts: so every sequence finishes.
+    Decodes come first, then prefills, then waiting sequences, each in order of submission. A running sequence is part
+    of every step: at most one is in the middle of its prompt, and new ones get what the others leave. When pages
+    run out the newest sequence gives back all of its own and is recomputed later. The oldest one can always go on,
+    because the cache holds at least one sequence of the largest length the engine accepts: so every sequence finishes.
     """
 
     def __init__(self, kv_cache, max_seqs, max_batch_tokens):
@@ -24,19 +25,15 @@ class Scheduler:
         """[(sequence, n tokens)] to compute now, pages reserved; empty when nothing is left to do."""
         self.n_steps += 1
         work, budget = {}, self.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda s: (s.last_step, s.n_left > 1, s.number)):
+        for sequence in sorted(self.running, key=lambda s: (s.n_left > 1, s.number)):
             if budget and sequence in self.running:
-                n, returned = self._reserve(sequence, min(budget, sequence.n_left), work)
-                budget += returned - n
+                budget -= self._reserve(sequence, min(budget, sequence.n_left), work)
         while budget and self.waiting and len(self.running) < self.max_seqs:
             sequence = self.waiting[0]
             if not self.kv_cache.could_hold(len(sequence.tokens)):
                 break
             self.running.append(self.waiting.pop(0))
-            n, _ = self._reserve(sequence, min(budget, sequence.n_left), work)
-            budget -= n
-        for sequence in work:
-            sequence.last_step = self.n_steps
+            budget -= self._reserve(sequence, min(budget, sequence.n_left), work)
         return list(work.items())
 
     def commit(self, work):
@@ -53,17 +50,16 @@ class Scheduler:
     def _reserve(self, sequence, n, work):
         """Puts up to n tokens of `sequence` into `work`, preempting newer sequences for its first if need be.
 
-        Returns (tokens put, tokens taken out of work with preempted sequences); puts 0 if it was preempted itself.
+        Returns how many; 0 if it was preempted itself. What a preempted sequence had in `work` is given to no other.
         """
-        returned = 0
         while not (got := self.kv_cache.reserve(sequence, n)):
             newest = max(self.running, key=lambda s: s.number)
             self._preempt(newest)
-            returned += work.pop(newest, 0)
+            work.pop(newest, None)
             if newest is sequence:
-                return 0, returned
+                return 0
         work[sequence] = got
-        return got, returned
+        return got
 
     def _preempt(self, sequence):
         self.kv_cache.release(sequence)

@@ -9,14 +9,12 @@ class Sequence:
     n_cached    how many of them have their K and V committed
     next_logit  the next position whose logits the task still wants
     page_lists  pages held, one PageList a pool
-    last_step   number of the step that last computed some of it
     """
 
     def __init__(self, number, tokens, task, page_lists):
         self.number, self.tokens, self.task, self.page_lists = number, tokens, task, page_lists
         self.n_cached = 0
         self.next_logit = task.first_logit
-        self.last_step = -1
         self.n_preemptions = 0
 
     @property

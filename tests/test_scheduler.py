@@ -173,6 +173,20 @@ def test_the_newest_is_preempted_and_comes_back_first():
         step(scheduler, memory, n_total)
 
 
+def test_a_preempted_sequence_leaves_the_step_it_was_in():
+    """An older sequence that came late needs the pages of a decode that this step had planned already."""
+    scheduler = scheduler_of(page_size=1, max_len=13, max_batch_tokens=3)
+    memory, n_total = Memory(scheduler.kv_cache), {1: 10, 5: 13}
+    newer = submit(scheduler, 5, 3)
+    for _ in range(4):
+        step(scheduler, memory, n_total)
+    older = submit(scheduler, 1, 6)
+    for _ in range(2):
+        assert dict(step(scheduler, memory, n_total)) == {newer: 1, older: 2}
+    assert dict(step(scheduler, memory, n_total)) == {older: 2}
+    assert scheduler.waiting == [newer] and newer.n_cached == 0 and len(newer.tokens) == 9
+
+
 def test_admission_is_in_order_of_submission():
     """A long prompt that does not fit yet is not overtaken by a short one behind it."""
     scheduler = scheduler_of(page_size=1, max_len=20)

@@ -93,17 +93,29 @@ def test_stop_strings_wherever_they_lie(llm):
             assert [token for piece in pieces for token in piece.token_ids] == output.token_ids
 
 
+def spell(*tokens):
+    """Params that make the first tokens of a greedy text these: each is wanted less than the one before, and once used,
+    not at all."""
+    return {"logit_bias": {token: 4000.0 - 500 * i for i, token in enumerate(tokens)}, "presence_penalty": 1e4}
+
+
 def test_the_earliest_of_several_stop_strings_counts(llm):
     whole = llm.generate(TEXT, greedy(max_tokens=24)).text
     early, late = whole[3:5], whole[9:14]
     assert llm.generate(TEXT, greedy(max_tokens=24, stop=[late, early, "@"])).text == whole[:whole.index(early)]
     assert llm.generate(TEXT, greedy(max_tokens=24, stop=["@", "@@@@"])).text == whole
+    token = llm.tokenizer.token_id("▁the")                                      # both come with one token
+    assert llm.generate(PROMPT, greedy(stop=["e", "h"], **spell(9, token))).text == "a t"
 
 
-def spell(*tokens):
-    """Params that make the first tokens of a greedy text these: each is wanted less than the one before, and once used,
-    not at all."""
-    return {"logit_bias": {token: 4000.0 - 500 * i for i, token in enumerate(tokens)}, "presence_penalty": 1e4}
+def test_a_stream_shows_all_that_cannot_begin_a_stop_string(llm):
+    """At once without stop strings; else all but as many last characters as the longest lacks one of."""
+    for stop, n_held in (((), 0), (("@",), 0), (("@@", "@@@@"), 3)):
+        params, shown, ids = greedy(max_tokens=20, stop=stop), "", []
+        for piece in llm.stream(PROMPT, params):
+            shown, ids = shown + piece.text, ids + piece.token_ids
+            whole = llm.tokenizer.decode(ids).rstrip("\ufffd")                   # half a character is held too
+            assert shown.rstrip("\ufffd") == (whole if piece.finish_reason else whole[:max(0, len(whole) - n_held)])
 
 
 def test_characters_across_token_borders(llm):
