@@ -6,7 +6,7 @@ BIN     = $(VENV)/bin
 .PHONY: demo test lint clean
 
 demo: $(VENV)/.demo
-	$(BIN)/python -m engine generate demo/checkpoint --prompts demo/prompts.txt --max-tokens 60 --temperature 0
+	$(BIN)/python -m engine generate demo/checkpoint --prompts demo/prompts.txt --max-tokens 160 --temperature 0
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

@@ -37,7 +37,10 @@ class EngineConfig:
                 self._whole(name, 1)
         self._whole("n_draft_tokens", 0)
         self._whole("seed", 0)
-        if not (isinstance(self.memory_fraction, numbers.Real) and 0 < self.memory_fraction <= 1):
+        if self.seed >= 2**64:
+            raise ConfigError(f"seed is {self.seed}, expected an int below 2**64")
+        share = self.memory_fraction
+        if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < share <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}, expected a number in (0, 1]")
         choices = {"prefix_caching": (True, False), "progress": (True, False), "graphs": ("auto", True, False),
                    "gemm": ("own", "cublas"), "draft_sampling": ("argmax", "sample")}

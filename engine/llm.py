@@ -62,7 +62,8 @@ class LLM:
         generation = load_generation_config(self.path)
         eos_ids = generation.eos_token_ids or self.spec.eos_ids
         self.eos_ids = tuple(i for i in eos_ids if i < self.spec.vocab)     # a shrunk vocabulary cannot emit the others
-        self.default_params = SamplingParams(**generation.sampling)
+        most = max(SamplingParams.max_tokens, generation.sampling.get("min_tokens", 0))
+        self.default_params = SamplingParams(**{"max_tokens": most, **generation.sampling})
         with Checkpoint.open(self.path) as checkpoint:
             accounts = checked_account(self.spec, checkpoint.tensors)       # before anything large is allocated
             self._plan = plan_memory(self.spec, self.config, self.lane.dtype.itemsize)
@@ -75,7 +76,7 @@ class LLM:
         layers = LayerScheduler(self.spec, self.weights, self.kv_cache, workspace, self.lane)
         self.scheduler = Scheduler(self.kv_cache, max_seqs, max_batch_tokens)
         self._loop = Loop(layers, self.scheduler, self.kv_cache, workspace)
-        self._n_submitted = 0
+        self._n_requests = 0
         self._counts = dict.fromkeys(("requests", "finished", "errors", "aborted", "prompt_tokens", "generated_tokens"), 0)
 
     @property
@@ -118,8 +119,8 @@ class LLM:
 
         The prompt is checked at the call. Closing the generator aborts the request; other requests may run meanwhile.
         """
-        number, ids, task = self._admit(prompt, params)
-        return self._stream(number, ids, task)
+        ids, task = self._admit(prompt, params)
+        return self._stream(ids, task)
 
     def forward(self, token_ids, images=None, videos=None, return_logits="last", return_hidden_states=False):
         """Runs token ids through the model without sampling, as one ragged batch, through the same scheduler, chunks,
@@ -130,8 +131,7 @@ class LLM:
         return_hidden_states  False | True (after the final norm) | "layers" (embeddings, then after every layer)
         Returns ForwardOutput. Raises PromptError, ConfigError.
         """
-        if any(row is not None for row in (*(images or ()), *(videos or ()))):
-            raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
+        prompt_input.refuse_media(images, videos)
         if return_hidden_states not in (False, True, "layers"):
             raise ConfigError(f"return_hidden_states is {return_hidden_states!r}, expected False, True or 'layers'")
         if return_logits not in ("last", "all") and not (prompt_input.is_int(return_logits) and return_logits >= 1):
@@ -141,10 +141,8 @@ class LLM:
             ids = prompt_input.checked_ids(row, self.spec.vocab)
             prompt_input.check_length(len(ids), self.max_seq_len)
             n_returned = {"last": 1, "all": len(ids)}.get(return_logits) or min(return_logits, len(ids))
-            self._n_submitted += 1
-            admitted.append((self._n_submitted, ids, Probe(len(ids), len(ids) - n_returned, self.spec,
-                                                           return_hidden_states)))
-        tasks = [task for _, _, task in admitted]
+            admitted.append((ids, Probe(len(ids), len(ids) - n_returned, self.spec, return_hidden_states)))
+        tasks = [task for _, task in admitted]
         with self._running(admitted) as sequences:
             while not all(sequence.task.is_finished for sequence in sequences):
                 self._loop.step()
@@ -161,10 +159,10 @@ class LLM:
 
     def stats(self):
         """Counters since the engine opened, as a dict."""
-        pools = {f"{spec.kind}_pages": {"total": pages.n_pages, "free": pages.n_free}
-                 for spec, pages in zip(self.kv_cache.specs, self.kv_cache.allocators, strict=True)}
+        pools = [{"kind": spec.kind, "n_pages": pages.n_pages, "n_free": pages.n_free}
+                 for spec, pages in zip(self.kv_cache.specs, self.kv_cache.allocators, strict=True)]
         return {**self._counts, "steps": self.scheduler.n_steps, "preemptions": self.scheduler.n_preemptions,
-                "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), **pools}
+                "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), "pools": pools}
 
     def _generate_all(self, prompts, params, admit):
         """One output a prompt; an item that admit() refuses becomes an error output."""
@@ -185,15 +183,15 @@ class LLM:
         return self._run(admitted)
 
     def _admit(self, prompt, params):
-        """Checks one request; returns (number, token ids, Generation). Raises PromptError, ParamsError."""
-        self._n_submitted += 1
+        """Checks one request; returns (token ids, Generation). Raises PromptError, ParamsError."""
+        self._n_requests += 1
         params = self.default_params if params is None else params
         self._check_params(params)
         ids = prompt_input.token_ids_of(prompt, self.tokenizer, self.spec.vocab)
         prompt_input.check_length(len(ids), self.max_seq_len - 1, "the prompt, before the first generated token,")
-        seed = request_seed(self.config.seed, self._n_submitted) if params.seed is None else params.seed
+        seed = request_seed(self.config.seed, self._n_requests) if params.seed is None else params.seed
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
-        return self._n_submitted, ids, Generation(ids, params, seed, self.eos_ids, detokenizer, self.max_seq_len)
+        return ids, Generation(ids, params, seed, self.eos_ids, detokenizer, self.max_seq_len)
 
     def _check_params(self, params):
         if not isinstance(params, SamplingParams):
@@ -224,10 +222,10 @@ class LLM:
                     bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} tokens/s", refresh=False)
                     bar.update(n_now - n_done)
                 n_done = n_now
-        return [one if isinstance(one, RequestOutput) else one[2].output for one in admitted]
+        return [one if isinstance(one, RequestOutput) else one[1].output for one in admitted]
 
-    def _stream(self, number, ids, task):
-        with self._running([(number, ids, task)]):
+    def _stream(self, ids, task):
+        with self._running([(ids, task)]):
             while True:
                 if not task.is_finished:
                     self._loop.step()
@@ -240,7 +238,7 @@ class LLM:
 
     @contextmanager
     def _running(self, admitted):
-        """Submits (number, ids, task) triples; whatever way the block is left, what has not ended by then is aborted."""
+        """Submits (ids, task) pairs; whatever way the block is left, what has not ended by then is aborted."""
         sequences = [self._loop.submit(*one) for one in admitted]
         try:
             yield sequences

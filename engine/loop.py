@@ -10,10 +10,12 @@ class Loop:
 
     def __init__(self, layers, scheduler, kv_cache, workspace):
         self.layers, self.scheduler, self.kv_cache, self.workspace = layers, scheduler, kv_cache, workspace
+        self._n_submitted = 0
 
-    def submit(self, number, tokens, task):
+    def submit(self, tokens, task):
         """Queues token ids for `task` (a Generation or a Probe); returns the Sequence."""
-        sequence = Sequence(number, list(tokens), task, self.kv_cache.new_page_lists())
+        self._n_submitted += 1
+        sequence = Sequence(self._n_submitted, list(tokens), task, self.kv_cache.new_page_lists())
         self.scheduler.add(sequence)
         return sequence
 

@@ -27,9 +27,7 @@ def token_ids_of(prompt, tokenizer, vocab):
     if isinstance(prompt, dict):
         if unknown := [key for key in prompt if key not in KEYS]:
             raise PromptError(f"a prompt dict has key {unknown[0]!r}, expected {', '.join(KEYS)}")
-        media = [prompt[key] for key in ("images", "videos") if prompt.get(key) is not None]
-        if any(not isinstance(given, (list, tuple)) or given for given in media):
-            raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
+        refuse_media(prompt.get("images"), prompt.get("videos"))
         given = [key for key in ("prompt", "token_ids") if prompt.get(key) is not None]
         if len(given) != 1:
             raise PromptError(f"a prompt dict has {' and '.join(given) or 'neither'}, expected one of prompt, token_ids")
@@ -45,6 +43,14 @@ def token_ids_of(prompt, tokenizer, vocab):
                               n_tokens=0)
         return checked_ids(tokenizer.encode(prompt), vocab)
     return checked_ids(prompt, vocab)
+
+
+def refuse_media(images, videos):
+    """Raises PromptError if there are any: None, and lists of nothing or of None, are fine."""
+    for media in (images, videos):
+        entries = media if isinstance(media, (list, tuple)) else [media]
+        if any(entry is not None and not (isinstance(entry, (list, tuple)) and not entry) for entry in entries):
+            raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
 
 
 def checked_ids(ids, vocab):

@@ -20,6 +20,8 @@ def resolve(model, *, files=WHAT_WE_READ, progress=True):
     progress    show download bars, if stderr is a terminal
     Raises CheckpointError, which says what to do.
     """
+    if not isinstance(model, (str, os.PathLike)):
+        raise CheckpointError(f"model is of type {type(model).__name__}, expected a directory or a Hugging Face repo id")
     name = os.fspath(model)
     path = Path(name).expanduser()
     if name and path.is_dir():          # Path("") is the working directory

@@ -3,7 +3,7 @@
     pip install -e '.[train]'
     python -m tools.train_demo [--out demo]
 
-Runs on a CPU (two cores: about a quarter of an hour). Writes the checkpoint in the layout of the released Gemma 4
+Runs on one CPU core, in ten to fifteen minutes. Writes the checkpoint in the layout of the released Gemma 4
 models, the prompts, the held-out documents, and metrics.json: what tests/test_demo.py holds the engine to.
 """
 
