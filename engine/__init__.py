@@ -1,4 +1,4 @@
-"""Rawgem: inference for Gemma 3, Gemma 4 and Llama 4 on hand-written kernels."""
+"""Rawgem: inference for Gemma checkpoints, small enough to read."""
 
 from engine.errors import (
     CheckpointError,
@@ -14,5 +14,6 @@ from engine.media import Image, Video
 from engine.outputs import ForwardOutput, RequestOutput, StreamPiece
 from engine.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CheckpointError", "ConfigError", "ForwardOutput", "Image", "MemoryPlanError", "ParamsError",
-           "PromptError", "RawgemError", "RequestOutput", "SamplingParams", "ShapeError", "StreamPiece", "Video", "plan"]
+__all__ = ["LLM", "CheckpointError", "ConfigError", "ForwardOutput", "Image", "MemoryPlanError",
+           "ParamsError", "PromptError", "RawgemError", "RequestOutput", "SamplingParams", "ShapeError", "StreamPiece",
+           "Video", "plan"]

@@ -38,8 +38,8 @@ def lane_of(device, dtype):
         raise ConfigError(f"dtype is {dtype!r}, expected auto, bfloat16 or float32")
     on_host = kind in ("auto", "cpu")
     if dtype == ("bfloat16" if on_host else "float32"):
-        raise ConfigError(f"dtype {dtype!r} on device {device!r}: the cpu lane computes in float32, cuda and emulated in "
-                          "bfloat16")
+        raise ConfigError(f"dtype {dtype!r} on device {device!r}: the cpu lane computes in float32, cuda and emulated "
+                          "in bfloat16")
     return ("cpu", np.dtype(np.float32)) if on_host else (kind, np.dtype(ml_dtypes.bfloat16))
 
 

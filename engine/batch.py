@@ -83,7 +83,7 @@ class Batch:
 
     @classmethod
     def build(cls, work, kv_cache):
-        """The arrays for `work`, whose pages are already reserved. Plain lists first: most steps decode a few tokens."""
+        """The arrays for `work`, whose pages are already reserved. Plain lists first: most steps are a few tokens."""
         size = kv_cache.page_size
         token_ids, positions, rows = [], [], []
         for sequence, n in work:
@@ -93,7 +93,7 @@ class Batch:
             positions += range(begin, end)
         pools = []
         for p in range(len(kv_cache.specs)):
-            lists = [sequence.page_lists[p] for sequence, _ in work]
+            lists = [sequence.page_lists[p].copy() for sequence, _ in work]
             slots = [held.pages[at // size - held.first] * size + at % size
                      for held, (first, last, _) in zip(lists, rows, strict=True) for at in positions[first:last]]
             pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size))

@@ -28,6 +28,12 @@ def main(argv=None):
     except RawgemError as error:
         print(f"rawgem: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:                                     # the reader has seen enough
+        sys.stderr.close()
+        return 1
+    except (OSError, UnicodeError) as error:
+        print(f"rawgem: {error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         return 130
 
@@ -55,7 +61,7 @@ def _parser():
     sub.add_argument("--system", help="a system message")
     command("inspect", _inspect, "List a checkpoint's tensors and what the engine makes of each.")
     sub = command("plan", _plan, "What fits in memory, from config.json alone.", ENGINE)
-    sub.add_argument("--memory-bytes", type=lambda text: int(float(text)), help="memory to plan with, e.g. 141e9")
+    sub.add_argument("--memory-bytes", type=float, help="memory to plan with, e.g. 141e9")
     return parser
 
 
@@ -64,8 +70,9 @@ def _given(args, options):
 
 
 def _params(args, llm, stop=()):
-    """The checkpoint's generation defaults, with what the command line says on top."""
-    return replace(llm.default_params, **{"max_tokens": 256, **_given(args, SAMPLING)}, stop=stop)
+    """The checkpoint's generation defaults, with what the command line says on top; 256 tokens where neither says."""
+    limit = {} if "max_tokens" in llm.generation.sampling else {"max_tokens": 256}
+    return replace(llm.default_params, **{**limit, **_given(args, SAMPLING)}, stop=stop)
 
 
 def _generate(args):
@@ -81,7 +88,8 @@ def _generate(args):
     for prompt, output in zip(prompts, outputs, strict=True):
         print(f"{prompt}{output.text}\n" if output.error is None else f"{prompt}\n  error: {output.error}\n")
     n_tokens = sum(len(output.token_ids) for output in outputs)
-    print(f"{n_tokens} tokens for {len(prompts)} prompts in {took:.2f} s: {n_tokens / took:.0f} tokens/s ({llm.lane.name})")
+    print(f"{n_tokens} tokens for {len(prompts)} prompts in {took:.2f} s: {n_tokens / took:.0f} tokens/s "
+          f"({llm.lane.name})")
     if args.explain:
         print(llm.explain())
     return 0 if all(output.error is None for output in outputs) else 1
@@ -122,7 +130,7 @@ def _inspect(args):
     spec = describe(Config.load(path))
     accounts = account(spec, tensors)
     print(f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}")
-    print(f"{len(tensors)} tensors, {sum(tensor.n_bytes for tensor in tensors.values())} bytes; "
+    print(f"{len(tensors)} tensors, {checkpoint.n_bytes} bytes; "
           f"{len(accounts.unused)} not read by a text run")
     for problem in accounts.problems:
         print(f"problem: {problem}")

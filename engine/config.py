@@ -1,9 +1,9 @@
 """EngineConfig: every LLM argument, checked once at the door."""
 
-import numbers
 from dataclasses import dataclass
 from os import PathLike
 
+from engine.checks import is_int, is_number
 from engine.errors import ConfigError
 
 
@@ -39,8 +39,7 @@ class EngineConfig:
         self._whole("seed", 0)
         if self.seed >= 2**64:
             raise ConfigError(f"seed is {self.seed}, expected an int below 2**64")
-        share = self.memory_fraction
-        if not isinstance(share, numbers.Real) or isinstance(share, bool) or not 0 < share <= 1:
+        if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}, expected a number in (0, 1]")
         choices = {"prefix_caching": (True, False), "progress": (True, False), "graphs": ("auto", True, False),
                    "gemm": ("own", "cublas"), "draft_sampling": ("argmax", "sample")}
@@ -54,5 +53,6 @@ class EngineConfig:
 
     def _whole(self, name, least):
         value = getattr(self, name)
-        if not isinstance(value, numbers.Integral) or isinstance(value, bool) or value < least:
+        if not is_int(value) or value < least:
             raise ConfigError(f"{name} is {value!r}, expected an int >= {least}")
+        object.__setattr__(self, name, int(value))              # a NumPy int would overflow in later arithmetic

@@ -21,7 +21,10 @@ def explain(llm):
         at += n
     for pool, pages in zip(llm.plan().pools, llm.kv_cache.allocators, strict=True):
         lines.append(f"  pool {pool.kind}: {pages.n_pages} pages of {pool.page_size} tokens, {pages.n_free} free")
-    lines.append("head: " + ("tied to the embedding" if llm.weights.head is llm.weights.embed else "its own matrix"))
+    lines.append("head: " + ("its own matrix" if llm.weights.head is not llm.weights.embed else
+                 "tied to the embedding" + ("" if spec.tied else ": the file has none of its own")))
+    if config.gemm != "own" or config.graphs is True:
+        lines.append("gemm and graphs: choices of the cuda lane, no effect here")
     lines.append(f"prefix caching: {'asked for, not built yet: no effect' if config.prefix_caching else 'off'}")
     lines.append("draft: none")
     if llm.weights.unused:

@@ -104,12 +104,15 @@ class PageList:
     pages: list
     first: int = 0
 
+    def copy(self):
+        return PageList(list(self.pages), self.first)
+
 
 class KVCache:
     """The pools of one engine and the pages each sequence holds in them.
 
-    spec.kind's arrays: `k[p][j]`, `v[p][j]` are [n_pages, page_size, n_kv_heads, head_dim] for pool p and the j-th of
-    its layers; `layer_slot[i]` is the (p, j) of model layer i. Memory is not touched until a page is written.
+    `k[p][j]` and `v[p][j]` are [n_pages, page_size, n_kv_heads, head_dim] for pool p and the j-th
+    of its layers; `layer_slot[i]` is the (p, j) of model layer i. Memory is not touched until a page is written.
     """
 
     def __init__(self, specs, n_pages, page_size, lane):
@@ -125,7 +128,7 @@ class KVCache:
         return [PageList([]) for _ in self.specs]
 
     def reserve(self, sequence, n_new):
-        """Gives `sequence` the pages for up to `n_new` more positions; returns for how many there was room (maybe 0)."""
+        """Gives `sequence` pages for up to `n_new` more positions; returns for how many there was room, maybe 0."""
         for held, allocator in zip(sequence.page_lists, self.allocators, strict=True):
             room = (held.first + len(held.pages) + allocator.n_free) * self.page_size - sequence.n_cached
             n_new = min(n_new, room)
@@ -158,6 +161,6 @@ class KVCache:
             allocator.free(held.pages)
             held.pages, held.first = [], 0
 
-    @property
-    def n_bytes(self):
-        return sum(array.nbytes for array in (*self.k, *self.v))
+    def clear(self):
+        """Makes every page free, whoever held it."""
+        self.allocators = [PageAllocator(allocator.n_pages) for allocator in self.allocators]

@@ -18,19 +18,20 @@ class LayerScheduler:
             attention = layer.attention
             self._inv_freq[attention.rope, attention.head_dim] = attention.rope.inv_freq(attention.head_dim)
 
-    def run(self, batch, capture=None):
+    def run(self, batch, observe=None):
         """Computes `batch`, leaving its K and V in the cache. Returns the states after the final norm.
 
-        capture(j, residual)  called with the residual stream [n_tokens, hidden] before layer j and once after the last
+        observe(j, residual)  called with the residual stream [n_tokens, hidden] before layer j and once after the last
         Returns [n_tokens, hidden], a workspace buffer that the next run overwrites.
         """
         spec, weights, ops = self.spec, self.weights, self.ops
         n, norm = batch.n_tokens, (spec.norm_eps, weights.norm_offset)
-        residual, normed, branch = (self.workspace.rows(name, n, spec.hidden) for name in ("residual", "normed", "branch"))
+        residual, normed, branch = (self.workspace.rows(name, n, spec.hidden)
+                                    for name in ("residual", "normed", "branch"))
         ops.embed(weights.embed, batch.token_ids, spec.embed_scale, residual)
         angles = {key: ops.rope_angles(batch.positions, inv_freq) for key, inv_freq in self._inv_freq.items()}
-        if capture:
-            capture(0, residual)
+        if observe:
+            observe(0, residual)
         ops.rms_norm(residual, weights.layers[0].input_norm, *norm, normed)
         for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
             self._attend(i, layer.attention, w, batch, angles, normed, branch)
@@ -39,8 +40,8 @@ class LayerScheduler:
             is_last = i + 1 == len(spec.layers)
             next_norm = weights.norm if is_last else weights.layers[i + 1].input_norm
             ops.add_norm(residual, branch, w.post_mlp_norm, next_norm, *norm, w.layer_scalar, normed)
-            if capture:
-                capture(i + 1, residual)
+            if observe:
+                observe(i + 1, residual)
         return normed
 
     def logits(self, states):

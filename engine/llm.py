@@ -6,6 +6,7 @@ from pathlib import Path
 
 from engine import prompts as prompt_input
 from engine.backend import lane_of, open_lane
+from engine.checks import is_int, is_number
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
 from engine.explain import explain
@@ -16,6 +17,7 @@ from engine.memory_plan import plan_memory
 from engine.models import describe
 from engine.outputs import ForwardOutput, RequestMetrics, RequestOutput, StreamPiece
 from engine.random import request_seed
+from engine.sampler import MAX_VOCAB
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
 from engine.tasks import Generation, Probe
@@ -35,18 +37,18 @@ class LLM:
     model             checkpoint directory, or a Hugging Face repo id (downloaded; HF_HUB_OFFLINE is respected)
     device            auto | cuda | cuda:N | cpu | emulated
     dtype             auto (the checkpoint's on cuda and emulated, float32 on cpu) | bfloat16 | float32
-    draft, n_draft_tokens, draft_sampling, relaxed_acceptance   speculative decoding; refused for now
+    draft, relaxed_acceptance      speculative decoding, refused for now; n_draft_tokens and draft_sampling go with them
     max_seq_len       tokens of the longest sequence; None takes what the model and the memory allow
     max_seqs          sequences computed at once
     max_batch_tokens  tokens computed in one step
     page_size         tokens of one KV page
-    kv_cache_bytes    None takes a quarter of the host memory that is left, or what max_seqs of max_seq_len need
-    memory_fraction   share of a GPU's memory to use; a host's is not claimed by the share
+    kv_cache_bytes    None takes what max_seqs of max_seq_len need, at most a quarter of the host memory that is left
+    memory_fraction   share of a GPU's memory (or of plan's memory_bytes) to use
     prefix_caching    accepted; has no effect yet
-    graphs, gemm      choices of the cuda lane
+    graphs, gemm      choices of the cuda lane; no effect elsewhere
     seed              64-bit; requests without a seed of their own draw from (seed, submission counter)
     progress          bars while loading and generating, where stderr is a terminal
-    Raises ConfigError, CheckpointError, MemoryPlanError.
+    Raises ConfigError, CheckpointError, MemoryPlanError. Threads may share one LLM; their requests run as one batch.
     """
 
     def __init__(self, model, device="auto", dtype="auto", draft=None, n_draft_tokens=4, max_seq_len=None, max_seqs=64,
@@ -59,11 +61,12 @@ class LLM:
         self.spec = describe(Config.load(self.path))
         self.tokenizer = Tokenizer.load(self.path)
         self.chat_template = ChatTemplate.load(self.path)
-        generation = load_generation_config(self.path)
-        eos_ids = generation.eos_token_ids or self.spec.eos_ids
+        if self.spec.vocab > MAX_VOCAB:
+            raise ConfigError(f"config.json: vocab_size is {self.spec.vocab}, the sampler takes at most {MAX_VOCAB}")
+        self.generation = load_generation_config(self.path)
+        eos_ids = self.generation.eos_token_ids or self.spec.eos_ids
         self.eos_ids = tuple(i for i in eos_ids if i < self.spec.vocab)     # a shrunk vocabulary cannot emit the others
-        most = max(SamplingParams.max_tokens, generation.sampling.get("min_tokens", 0))
-        self.default_params = SamplingParams(**{"max_tokens": most, **generation.sampling})
+        self.default_params = _default_params(self.generation.sampling)
         with Checkpoint.open(self.path) as checkpoint:
             accounts = checked_account(self.spec, checkpoint.tensors)       # before anything large is allocated
             self._plan = plan_memory(self.spec, self.config, self.lane.dtype.itemsize)
@@ -71,13 +74,14 @@ class LLM:
             with self._bar(n_bytes, "loading", unit="B", unit_scale=True) as bar:
                 self.weights = load(self.spec, checkpoint, accounts, self.lane, bar.update)
         self.kv_cache = KVCache([pool.spec for pool in self._plan.pools], [pool.n_pages for pool in self._plan.pools],
-                                page_size, self.lane)
-        workspace = Workspace(self.spec, max_batch_tokens, max_seqs, self.lane)
+                                self.config.page_size, self.lane)
+        workspace = Workspace(self.spec, self.config.max_batch_tokens, self.config.max_seqs, self.lane)
         layers = LayerScheduler(self.spec, self.weights, self.kv_cache, workspace, self.lane)
-        self.scheduler = Scheduler(self.kv_cache, max_seqs, max_batch_tokens)
+        self.scheduler = Scheduler(self.kv_cache, self.config.max_seqs, self.config.max_batch_tokens)
         self._loop = Loop(layers, self.scheduler, self.kv_cache, workspace)
         self._n_requests = 0
-        self._counts = dict.fromkeys(("requests", "finished", "errors", "aborted", "prompt_tokens", "generated_tokens"), 0)
+        self._counts = dict.fromkeys(("requests", "finished", "errors", "aborted", "prompt_tokens",
+                                      "generated_tokens"), 0)
 
     @property
     def max_seq_len(self):
@@ -93,33 +97,32 @@ class LLM:
         """
         prompts = prompt_input.as_prompts(prompts)
         if prompt_input.is_single(prompts):
-            return self._run([self._admit(prompts, params)])[0]
-        return self._generate_all(prompts, params, self._admit)
+            return self._run([self._admit(prompts, params, self._prompt_ids)])[0]
+        return self._run(self._admit_all(prompts, params, self._prompt_ids))
 
     def chat(self, messages, params=None):
         """Answers a conversation, or a list of them, through the checkpoint's chat template; returns as generate does.
 
         messages  [{"role": "system" | "user" | "assistant", "content": text or [{"type": "text", "text": ...}]}, ...]
         """
-        def admit(conversation, one_params):
-            return self._admit({"token_ids": self.chat_prompt(conversation)}, one_params)
         if not isinstance(messages, (list, tuple)) or not messages or isinstance(messages[0], dict):
-            return self._run([admit(messages, params)])[0]
-        return self._generate_all(messages, params, admit)
+            return self._run([self._admit(messages, params, self.chat_prompt)])[0]
+        return self._run(self._admit_all(messages, params, self.chat_prompt))
 
     def chat_prompt(self, messages):
         """Token ids of a conversation rendered by the chat template, ready for the model's turn. Raises PromptError."""
         if self.chat_template is None or self.tokenizer is None:
             raise PromptError(f"{self.path} has no chat template or no tokenizer; use generate with a plain prompt")
+        prompt_input.refuse_media_parts(messages)
         text = self.chat_template.render(messages, self.tokenizer.special_tokens)
-        return self.tokenizer.encode(text, add_special_tokens=False)
+        return prompt_input.checked_ids(self.tokenizer.encode(text, add_special_tokens=False), self.spec.vocab)
 
     def stream(self, prompt, params=None):
         """Yields a StreamPiece for every step that adds something to one prompt's text; the last has a finish_reason.
 
         The prompt is checked at the call. Closing the generator aborts the request; other requests may run meanwhile.
         """
-        ids, task = self._admit(prompt, params)
+        ids, task = self._admit(prompt, params, self._prompt_ids)
         return self._stream(ids, task)
 
     def forward(self, token_ids, images=None, videos=None, return_logits="last", return_hidden_states=False):
@@ -134,7 +137,7 @@ class LLM:
         prompt_input.refuse_media(images, videos)
         if return_hidden_states not in (False, True, "layers"):
             raise ConfigError(f"return_hidden_states is {return_hidden_states!r}, expected False, True or 'layers'")
-        if return_logits not in ("last", "all") and not (prompt_input.is_int(return_logits) and return_logits >= 1):
+        if return_logits not in ("last", "all") and not (is_int(return_logits) and return_logits >= 1):
             raise ConfigError(f"return_logits is {return_logits!r}, expected 'last', 'all' or an int >= 1")
         admitted = []
         for row in prompt_input.as_list(token_ids, "token_ids", "a list of lists of ids"):
@@ -164,8 +167,8 @@ class LLM:
         return {**self._counts, "steps": self.scheduler.n_steps, "preemptions": self.scheduler.n_preemptions,
                 "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), "pools": pools}
 
-    def _generate_all(self, prompts, params, admit):
-        """One output a prompt; an item that admit() refuses becomes an error output."""
+    def _admit_all(self, prompts, params, ids_of):
+        """What _admit returns for each prompt; one that it refuses becomes an error output."""
         if params is None or isinstance(params, SamplingParams):
             params = [params] * len(prompts)
         if not isinstance(params, (list, tuple)):
@@ -175,19 +178,23 @@ class LLM:
         admitted = []
         for prompt, one in zip(prompts, params, strict=True):
             try:
-                admitted.append(admit(prompt, one))
+                admitted.append(self._admit(prompt, one, ids_of))
             except RawgemError as error:
                 self._counts["requests"] += 1
                 self._counts["errors"] += 1
                 admitted.append(RequestOutput(finish_reason="error", error=error, metrics=RequestMetrics()))
-        return self._run(admitted)
+        return admitted
 
-    def _admit(self, prompt, params):
-        """Checks one request; returns (token ids, Generation). Raises PromptError, ParamsError."""
+    def _prompt_ids(self, prompt):
+        return prompt_input.token_ids_of(prompt, self.tokenizer, self.spec.vocab)
+
+    def _admit(self, prompt, params, ids_of):
+        """Checks one request, whose token ids are ids_of(prompt); returns (token ids, Generation). Raises PromptError,
+        ParamsError."""
         self._n_requests += 1
         params = self.default_params if params is None else params
         self._check_params(params)
-        ids = prompt_input.token_ids_of(prompt, self.tokenizer, self.spec.vocab)
+        ids = ids_of(prompt)
         prompt_input.check_length(len(ids), self.max_seq_len - 1, "the prompt, before the first generated token,")
         seed = request_seed(self.config.seed, self._n_requests) if params.seed is None else params.seed
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
@@ -202,7 +209,7 @@ class LLM:
                 raise ParamsError(f"SamplingParams: {name} has token {outside[0]}, outside the vocabulary of {vocab}")
         for name in ("n_logprobs", "prompt_logprobs"):
             if getattr(params, name) > vocab:
-                raise ParamsError(f"SamplingParams: {name} is {getattr(params, name)}, the vocabulary has {vocab} tokens")
+                raise ParamsError(f"SamplingParams: {name} is {getattr(params, name)}, the vocabulary has {vocab}")
         if params.stop and self.tokenizer is None:
             raise ParamsError("SamplingParams: stop strings need a tokenizer, and the checkpoint has none; use "
                               "stop_token_ids")
@@ -219,7 +226,8 @@ class LLM:
                 n_now = sum(task.is_finished for task in tasks)
                 if not bar.disable:
                     n_tokens = sum(len(task.output.token_ids) for task in tasks)
-                    bar.set_postfix_str(f"{n_tokens / max(bar.format_dict['elapsed'], 1e-9):.1f} tokens/s", refresh=False)
+                    speed = n_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                    bar.set_postfix_str(f"{speed:.1f} tokens/s", refresh=False)
                     bar.update(n_now - n_done)
                 n_done = n_now
         return [one if isinstance(one, RequestOutput) else one[1].output for one in admitted]
@@ -239,8 +247,10 @@ class LLM:
     @contextmanager
     def _running(self, admitted):
         """Submits (ids, task) pairs; whatever way the block is left, what has not ended by then is aborted."""
-        sequences = [self._loop.submit(*one) for one in admitted]
+        sequences = []
         try:
+            for one in admitted:
+                sequences.append(self._loop.submit(*one))
             yield sequences
         finally:
             for sequence in sequences:
@@ -263,12 +273,23 @@ class LLM:
         return tqdm(total=total, desc=what, disable=None if self.config.progress else True, leave=False, **options)
 
 
+def _default_params(sampling):
+    """SamplingParams from what generation_config.json sets; where it sets no limit, room for the least it asks for."""
+    try:
+        most = max(SamplingParams.max_tokens, sampling.get("min_tokens", 0))
+        return SamplingParams(**{"max_tokens": most, **sampling})
+    except ParamsError as error:
+        raise ConfigError(f"generation_config.json: {error}") from error
+
+
 def plan(model, memory_bytes=None, **arguments):
     """The MemoryPlan of a model under LLM arguments, from its config.json alone: needs no GPU and no weights.
 
     memory_bytes  memory to plan with; None is this host's. device="cuda" plans bfloat16 and needs it given
     """
     config = EngineConfig(**arguments)
+    if memory_bytes is not None and not (is_number(memory_bytes) and memory_bytes > 0):
+        raise ConfigError(f"memory_bytes is {memory_bytes!r}, expected a number of bytes > 0")
     spec = describe(Config.load(resolve(model, files=("config.json",), progress=config.progress)))
     kind, dtype = lane_of(config.device, config.dtype)
     if kind == "cuda" and memory_bytes is None:

@@ -1,68 +1,84 @@
 """The loop of an engine: schedule → run → sample → append, one step at a time."""
 
+from itertools import groupby
+from threading import RLock
+
 from engine.batch import Batch
 from engine.sampler import LogitEdits, SamplingBatch, apply_edits, sample
 from engine.sequence import Sequence
 
 
 class Loop:
-    """Runs every submitted sequence to its end. Owns the scheduler; knows nothing of text or files."""
+    """Runs every submitted sequence to its end, one step at a time; knows nothing of text or files.
+
+    Threads may submit and step at once: one at a time gets in, and whoever does computes for all.
+    """
 
     def __init__(self, layers, scheduler, kv_cache, workspace):
         self.layers, self.scheduler, self.kv_cache, self.workspace = layers, scheduler, kv_cache, workspace
         self._n_submitted = 0
+        self._lock = RLock()
 
     def submit(self, tokens, task):
         """Queues token ids for `task` (a Generation or a Probe); returns the Sequence."""
-        self._n_submitted += 1
-        sequence = Sequence(self._n_submitted, list(tokens), task, self.kv_cache.new_page_lists())
-        self.scheduler.add(sequence)
-        return sequence
+        with self._lock:
+            self._n_submitted += 1
+            sequence = Sequence(self._n_submitted, list(tokens), task, self.kv_cache.new_page_lists())
+            self.scheduler.add(sequence)
+            return sequence
 
     def withdraw(self, sequence):
         """Takes a sequence out before its end; does nothing if it has left already."""
-        if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
-            self.scheduler.remove(sequence)
+        with self._lock:
+            if sequence in self.scheduler.running or sequence in self.scheduler.waiting:
+                self.scheduler.remove(sequence)
 
     def step(self):
-        """Computes one batch and hands what came of it to the tasks."""
-        work = self.scheduler.next_batch()
-        try:
-            self._compute(work)
-            self.scheduler.commit(work)
-        finally:                                                # what has ended leaves, even if the step failed
-            for sequence, _ in work:
-                if sequence.task.is_finished:
-                    self.scheduler.remove(sequence)
+        """Computes one batch and hands what came of it to the tasks. Does nothing when there is nothing to do: another
+        thread may have finished the caller's requests."""
+        with self._lock:
+            try:
+                if work := self.scheduler.next_batch():
+                    self._compute(work)
+                    self.scheduler.commit(work)
+                    for sequence, _ in work:
+                        if sequence.task.is_finished:
+                            self.scheduler.remove(sequence)
+            except BaseException:               # an op failed, or Ctrl-C came anywhere: no page is where we think it is
+                self.scheduler.restart()
+                raise
 
     def _compute(self, work):
-        """Runs the model over `work` and gives every task its states, logits and next token. Nothing is committed: if
-        this raises, the same tokens are computed again."""
+        """Runs the model over `work` and gives every task its states, logits and next token."""
         batch = Batch.build(work, self.kv_cache)
         spans = list(zip(work, batch.starts, strict=True))
         probes = [(sequence, first, n) for (sequence, n), first in spans if sequence.task.hidden is not None]
-        states = self.layers.run(batch, _capture(probes) if any(s.task.all_layers for s, _, _ in probes) else None)
+        states = self.layers.run(batch, _observer(probes) if any(s.task.all_layers for s, _, _ in probes) else None)
         for sequence, first, n in probes:
             if not sequence.task.all_layers:
                 sequence.task.hidden[sequence.n_cached:sequence.n_cached + n] = states[first:first + n]
-        to_sample = []
+        to_take, to_sample = [], []
         for (sequence, n), first in spans:
             stop = sequence.n_cached + n                        # positions before it are computed now
             if sequence.task.samples and stop == len(sequence.tokens):
                 to_sample.append((sequence, first + n - 1))
                 stop -= 1
-            self._take(sequence, states[first:first + n], stop)
-        for at in range(0, len(to_sample), self.workspace.max_logit_rows):
-            self._sample(to_sample[at:at + self.workspace.max_logit_rows], states)
+            to_take += ((sequence, first + at - sequence.n_cached) for at in range(sequence.next_logit, stop))
+        most = self.workspace.max_logit_rows
+        for at in range(0, len(to_take), most):
+            self._take(to_take[at:at + most], states)
+        for at in range(0, len(to_sample), most):
+            self._sample(to_sample[at:at + most], states)
 
-    def _take(self, sequence, states, stop):
-        """Hands out the logits of positions next_logit..stop that the task wants, in blocks that fit the workspace."""
-        start = sequence.n_cached
-        while sequence.next_logit < stop:
-            begin = sequence.next_logit
-            end = min(stop, begin + self.workspace.max_logit_rows)
-            sequence.task.take(begin, self.layers.logits(states[begin - start:end - start]))
-            sequence.next_logit = end
+    def _take(self, rows, states):
+        """Hands the logits of (sequence, row of states) pairs to the tasks that asked for them."""
+        logits = self.layers.logits(states[[row for _, row in rows]])
+        at = 0
+        for sequence, group in groupby(rows, key=lambda pair: pair[0]):
+            n = len(list(group))
+            sequence.task.take(sequence.next_logit, logits[at:at + n])
+            sequence.next_logit += n
+            at += n
 
     def _sample(self, rows, states):
         """Picks and appends the next token of each (sequence, row of states)."""
@@ -77,10 +93,10 @@ class Loop:
             sequence.task.append(token, raw[i:i + 1])
 
 
-def _capture(probes):
+def _observer(probes):
     """The callback that copies the residual stream into the probes which asked for every layer."""
-    def capture(j, residual):
+    def observe(j, residual):
         for sequence, first, n in probes:
             if sequence.task.all_layers:
                 sequence.task.hidden[j, sequence.n_cached:sequence.n_cached + n] = residual[first:first + n]
-    return capture
+    return observe

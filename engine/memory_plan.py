@@ -73,7 +73,8 @@ class MemoryPlan:
         rows = [("weights", self.weights_bytes, "")]
         for pool in self.pools:
             rows.append((f"KV {pool.kind}", pool.n_bytes, f"{pool.n_pages} pages of {pool.page_size}: {pool.n_tokens} "
-                         f"tokens, {pool.token_bytes} bytes a token in {len(pool.spec.layers)} layers"))
+                         f"tokens, {pool.token_bytes} bytes a token in {len(pool.spec.layers)} layers "
+                         f"({pool.spec.n_kv_heads} KV heads of {pool.spec.head_dim})"))
         rows += [("workspace", self.workspace_bytes, ""), ("free", self.free_bytes, "")]
         lines = [f"{name:<18}{n_bytes / 2**20:>12.1f} MiB  {note}".rstrip() for name, n_bytes, note in rows]
         lines.append(f"longest sequence {self.max_seq_len} tokens; {self.n_full_seqs} of that length at once")
@@ -91,30 +92,34 @@ def plan_memory(spec, config, itemsize, memory_bytes=None):
     if limit > spec.max_positions:
         raise ConfigError(f"max_seq_len is {limit}, the model's max_position_embeddings is {spec.max_positions}")
     weights_bytes = n_weights(spec) * itemsize
-    workspace_bytes = itemsize * sum(map(prod, Workspace.shapes(spec, config.max_batch_tokens, config.max_seqs).values()))
+    shapes = Workspace.shapes(spec, config.max_batch_tokens, config.max_seqs)
+    workspace_bytes = itemsize * sum(map(prod, shapes.values()))
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
     left = memory - weights_bytes - workspace_bytes
     kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)
     if left <= 0 or kv_bytes > left:
         came = f"kv_cache_bytes of {kv_bytes}" if config.kv_cache_bytes else "nothing of it left for the KV cache"
-        raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {workspace_bytes} of workspace "
-                              f"with {came}; lower kv_cache_bytes, max_batch_tokens or max_seqs, or use a larger memory")
+        raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {workspace_bytes} of "
+                              f"workspace with {came}; lower kv_cache_bytes, max_batch_tokens or max_seqs, or use a "
+                              "larger memory")
     specs = pool_specs(spec)
     page_bytes = [pool.token_bytes(itemsize) * config.page_size for pool in specs]
     fits = _longest_that_fits(specs, config.page_size, page_bytes, kv_bytes, limit)
     if fits < (config.max_seq_len or 1):
         raise MemoryPlanError(f"a KV cache of {kv_bytes} bytes holds one sequence of {fits} tokens, max_seq_len is "
-                              f"{config.max_seq_len or 'at least 1'}; raise kv_cache_bytes or lower max_seq_len")
+                              f"{config.max_seq_len or 'at least 1'}; raise kv_cache_bytes, or lower max_seq_len "
+                              "or page_size")
     n_pages = _size_pools(specs, config, page_bytes, kv_bytes, fits)
-    pools = tuple(PoolPlan(pool, n, config.page_size, size, pool.pages_needed(fits, config.page_size))
-                  for pool, n, size in zip(specs, n_pages, page_bytes, strict=True))
+    pools = tuple(PoolPlan(pool, n, config.page_size, n_bytes, pool.pages_needed(fits, config.page_size))
+                  for pool, n, n_bytes in zip(specs, n_pages, page_bytes, strict=True))
     return MemoryPlan(memory, weights_bytes, workspace_bytes, pools, fits, config.max_seqs)
 
 
 def _longest_that_fits(specs, page_size, page_bytes, kv_bytes, limit):
     """The largest n <= limit such that one sequence of n tokens fits kv_bytes; 0 if none."""
     def fits(n):
-        return sum(pool.pages_needed(n, page_size) * size for pool, size in zip(specs, page_bytes, strict=True)) <= kv_bytes
+        pages = [pool.pages_needed(n, page_size) for pool in specs]
+        return sum(n_pages * size for n_pages, size in zip(pages, page_bytes, strict=True)) <= kv_bytes
     low, high = 0, limit
     while low < high:
         middle = (low + high + 1) // 2

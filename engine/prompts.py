@@ -1,11 +1,13 @@
 """What a caller passes as a prompt → token ids, or a PromptError that says what is wrong with it."""
 
-import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
+from numbers import Number
 
+from engine.checks import is_int
 from engine.errors import PromptError
 
 KEYS = ("prompt", "token_ids", "images", "videos")
+NO_MEDIA = "images and videos are not supported yet; this engine runs the text part of a checkpoint"
 FORMS = "a str, a list of token ids, a dict with prompt or token_ids"
 
 
@@ -19,7 +21,7 @@ def is_single(prompts):
 
     Any numbers are meant as ids: those that cannot be are an error of that one prompt.
     """
-    return isinstance(prompts, (str, dict)) or (bool(prompts) and all(isinstance(i, numbers.Number) for i in prompts))
+    return isinstance(prompts, (str, dict)) or (bool(prompts) and all(isinstance(i, Number) for i in prompts))
 
 
 def token_ids_of(prompt, tokenizer, vocab):
@@ -30,7 +32,7 @@ def token_ids_of(prompt, tokenizer, vocab):
         refuse_media(prompt.get("images"), prompt.get("videos"))
         given = [key for key in ("prompt", "token_ids") if prompt.get(key) is not None]
         if len(given) != 1:
-            raise PromptError(f"a prompt dict has {' and '.join(given) or 'neither'}, expected one of prompt, token_ids")
+            raise PromptError(f"a prompt dict has {' and '.join(given) or 'neither'}, expected prompt or token_ids")
         prompt = prompt[given[0]]
         if isinstance(prompt, str) != (given[0] == "prompt"):
             raise PromptError(f"{given[0]} is of type {type(prompt).__name__}, expected "
@@ -48,9 +50,21 @@ def token_ids_of(prompt, tokenizer, vocab):
 def refuse_media(images, videos):
     """Raises PromptError if there are any: None, and lists of nothing or of None, are fine."""
     for media in (images, videos):
-        entries = media if isinstance(media, (list, tuple)) else [media]
-        if any(entry is not None and not (isinstance(entry, (list, tuple)) and not entry) for entry in entries):
-            raise PromptError("images and videos are not supported yet; this engine runs the text part of a checkpoint")
+        if any(not _is_nothing(entry) for entry in (media if isinstance(media, (list, tuple)) else [media])):
+            raise PromptError(NO_MEDIA)
+
+
+def refuse_media_parts(messages):
+    """Raises PromptError if a message has a part that is not text: a template would drop it in silence."""
+    for message in messages if isinstance(messages, (list, tuple)) else ():
+        content = message.get("content") if isinstance(message, dict) else None
+        for part in content if isinstance(content, (list, tuple)) else ():
+            if isinstance(part, dict) and part.get("type") != "text":
+                raise PromptError(f"a message has a part of type {part.get('type')!r}: {NO_MEDIA}")
+
+
+def _is_nothing(entry):
+    return entry is None or (isinstance(entry, (list, tuple)) and not entry)
 
 
 def checked_ids(ids, vocab):
@@ -67,9 +81,10 @@ def checked_ids(ids, vocab):
 
 
 def as_list(values, what, expected):
-    """An array or another iterable as a list. Raises PromptError, for bytes too: their items are no ids."""
+    """An array or another iterable as a list. Raises PromptError, for bytes (their items are no ids)
+    and sets (they have no order) too."""
     values = values.tolist() if hasattr(values, "tolist") else values
-    if isinstance(values, (bytes, bytearray)) or not isinstance(values, Iterable):
+    if isinstance(values, (bytes, bytearray, Set)) or not isinstance(values, Iterable):
         raise PromptError(f"{what} is of type {type(values).__name__}, expected {expected}")
     return list(values)
 
@@ -79,7 +94,3 @@ def check_length(n_tokens, limit, what="the prompt"):
     if n_tokens > limit:
         raise PromptError(f"{what} has {n_tokens} tokens, at most {limit} fit; shorten it or raise max_seq_len",
                           n_tokens=n_tokens, limit=limit)
-
-
-def is_int(item):
-    return isinstance(item, numbers.Integral) and not isinstance(item, bool)

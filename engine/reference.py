@@ -9,13 +9,15 @@ import numpy as np
 
 ROWS = 32           # rows of an elementwise chain that share the L2 cache
 QUERIES = 64        # queries of one attention block: bounds the score matrix
+# linear(): where each way was the fastest with OpenBLAS on [65536, 640] and [4096, 640] weights; at 8 rows the weights
+# on the left took 0.57 to 0.78 of the plain product's time, at 2 rows the cached blocks 0.2 to 0.4.
 FEW_ROWS, SOME_ROWS = 4, 32
-CACHED_FLOATS = 2**18
+CACHED_FLOATS = 2**18       # 1 MiB of weights
 SQRT_2_OVER_PI = (2 / np.pi) ** 0.5
 
 
 def embed(table, token_ids, scale, out):
-    """out[t] = table[token_ids[t]] * scale. table [vocab, hidden], token_ids [n_tokens] int32, out [n_tokens, hidden]."""
+    """out[t] = table[token_ids[t]] * scale. table [vocab, hidden], token_ids [n] int32, out [n, hidden]."""
     np.multiply(table[token_ids], scale, out=out)
 
 

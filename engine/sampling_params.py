@@ -1,10 +1,9 @@
 """SamplingParams: how the tokens of one request are chosen, and when they end."""
 
-import math
-import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass, fields
 
+from engine.checks import LARGEST, is_int, is_number
 from engine.errors import ParamsError
 
 GREEDY_BELOW = 1e-5     # a temperature below this is greedy
@@ -57,22 +56,22 @@ class SamplingParams:
         put("stop_token_ids", _as_tuple(self.stop_token_ids))
         if self.top_k == -1:
             put("top_k", 0)
-        whole = lambda least: (lambda v: _is_int(v) and v >= least, f"an int >= {least}")      # noqa: E731
-        number = lambda ok, text: (lambda v: _is_number(v) and ok(v), text)                    # noqa: E731
+        whole = lambda least: (lambda v: is_int(v) and v >= least, f"an int >= {least}")      # noqa: E731
+        number = lambda ok, text: (lambda v: is_number(v) and ok(v), text)                    # noqa: E731
         rules = {
             "max_tokens": whole(1),
             "temperature": number(lambda v: v >= 0, "a number >= 0 (0 is greedy)"),
             "top_k": whole(0),
             "top_p": number(lambda v: 0 < v <= 1, "a number in (0, 1]"),
             "min_p": number(lambda v: 0 <= v <= 1, "a number in [0, 1]"),
-            "seed": (lambda v: v is None or (_is_int(v) and 0 <= v < 2**64), "None or an int in [0, 2**64)"),
+            "seed": (lambda v: v is None or (is_int(v) and 0 <= v < 2**64), "None or an int in [0, 2**64)"),
             "n_logprobs": whole(0),
             "prompt_logprobs": whole(0),
             "stop": (lambda v: _is_tuple_of(v, lambda s: isinstance(s, str) and s), "non-empty strings"),
-            "stop_token_ids": (lambda v: _is_tuple_of(v, lambda i: _is_int(i) and i >= 0), "token ids >= 0"),
+            "stop_token_ids": (lambda v: _is_tuple_of(v, lambda i: is_int(i) and i >= 0), "token ids >= 0"),
             "ignore_eos": (lambda v: isinstance(v, bool), "a bool"),
-            "min_tokens": (lambda v: _is_int(v) and 0 <= v <= self.max_tokens, "an int in [0, max_tokens]"),
-            "repetition_penalty": number(lambda v: v > 0, "a number > 0"),
+            "min_tokens": (lambda v: is_int(v) and 0 <= v <= self.max_tokens, "an int in [0, max_tokens]"),
+            "repetition_penalty": number(lambda v: v >= 1 / LARGEST, "a number > 0"),
             "presence_penalty": number(lambda v: True, "a finite number"),
             "frequency_penalty": number(lambda v: True, "a finite number"),
             "logit_bias": (_is_logit_bias, "a dict {token id >= 0: finite number}"),
@@ -99,14 +98,6 @@ def _is_tuple_of(value, is_legal):
     return isinstance(value, tuple) and all(is_legal(item) for item in value)
 
 
-def _is_int(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def _is_number(value):
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_logit_bias(value):
     return value is None or (isinstance(value, dict)
-                             and all(_is_int(k) and k >= 0 and _is_number(v) for k, v in value.items()))
+                             and all(is_int(k) and k >= 0 and is_number(v) for k, v in value.items()))

@@ -47,6 +47,14 @@ class Scheduler:
         (self.running if sequence in self.running else self.waiting).remove(sequence)
         self.kv_cache.release(sequence)
 
+    def restart(self):
+        """Forgets what was computed, after a step that did not end: unfinished sequences wait to be recomputed."""
+        sequences = sorted({*self.running, *self.waiting}, key=lambda s: s.number)
+        self.kv_cache.clear()
+        self.running, self.waiting = [], [sequence for sequence in sequences if not sequence.task.is_finished]
+        for sequence in sequences:
+            sequence.n_cached, sequence.page_lists = 0, self.kv_cache.new_page_lists()
+
     def _reserve(self, sequence, n, work):
         """Puts up to n tokens of `sequence` into `work`, preempting newer sequences for its first if need be.
 

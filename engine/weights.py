@@ -116,8 +116,9 @@ def account(spec, tensors):
     """The Account of a checkpoint's tensors (name → object with .shape) against what `spec` needs."""
     prefix = next((p for p in PREFIXES if p + EMBED in tensors), None)
     if prefix is None:
-        return Account({}, problems=(f"the checkpoint has no {EMBED} under any of the known prefixes ({', '.join(PREFIXES)}"
-                                     f"); it begins with {', '.join(sorted(tensors)[:3]) or 'nothing'}",))
+        begins = ", ".join(sorted(tensors)[:3]) or "nothing"
+        return Account({}, problems=(f"the checkpoint has no {EMBED} under any of the known prefixes "
+                                     f"({', '.join(PREFIXES)}); it begins with {begins}",))
     head = next((name for name in HEADS if name in tensors), None)
     untied_head = not spec.tied and head is not None
     names, shapes = {}, {}
@@ -125,7 +126,8 @@ def account(spec, tensors):
         for tensor, shape in target.parts:
             names[tensor], shapes[tensor] = head if tensor == HEADS[0] else prefix + tensor, shape
     used = set(names.values())
-    unused = tuple(name for name in tensors if name not in used and (name == head or name.startswith(spec.unused_prefixes)))
+    unused = tuple(name for name in tensors
+                   if name not in used and (name == head or name.startswith(spec.unused_prefixes)))
     surplus = [name for name in tensors if name not in used and name not in unused]
     problems = _with_nearest({name: f"the checkpoint has no {name} {list(shapes[tensor])}"
                               for tensor, name in names.items() if name not in tensors}, surplus)
@@ -141,7 +143,8 @@ def checked_account(spec, tensors):
     accounts = account(spec, tensors)
     if accounts.problems:
         first, *more = accounts.problems
-        raise CheckpointError(first + (f" (and {len(more)} more; `python -m engine inspect` lists them)" if more else ""))
+        rest = f" (and {len(more)} more; `python -m engine inspect` lists them)" if more else ""
+        raise CheckpointError(first + rest)
     return accounts
 
 

@@ -58,9 +58,9 @@ class Config:
         return self._read(key, default, lambda v: _is_int(v) and v >= least, f"an int >= {least}")
 
     def float(self, key, default=REQUIRED):
-        """A number > 0."""
-        value = self._read(key, default, lambda v: (_is_int(v) or isinstance(v, float)) and 0 < v < float("inf"),
-                           "a number > 0")
+        """A number > 0, and of a size that float32 arithmetic survives."""
+        value = self._read(key, default, lambda v: (_is_int(v) or isinstance(v, float)) and 1e-30 <= v <= 1e30,
+                           "a number from 1e-30 to 1e30")
         return None if value is None else float(value)
 
     def bool(self, key, default=REQUIRED):

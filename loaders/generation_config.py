@@ -7,7 +7,7 @@ from pathlib import Path
 from loaders.config import Config
 
 FILE = "generation_config.json"
-INTS = {"top_k": ("top_k", 0), "max_new_tokens": ("max_tokens", 1), "min_new_tokens": ("min_tokens", 0)}
+INTS = {"top_k": ("top_k", -1), "max_new_tokens": ("max_tokens", 1), "min_new_tokens": ("min_tokens", 0)}
 NUMBERS = ("temperature", "top_p", "min_p", "repetition_penalty")
 
 
@@ -43,7 +43,7 @@ def load_generation_config(directory):
     if config.bool("do_sample", True) is False:
         sampling = {name: value for name, value in sampling.items() if name not in ("top_k", "top_p", "min_p")}
         sampling["temperature"] = 0.0
-    return GenerationConfig(_eos_token_ids(config), sampling)
+    return GenerationConfig(config.ids("eos_token_id"), sampling)
 
 
 def _number(config, key):
@@ -51,13 +51,3 @@ def _number(config, key):
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise config.error(key, "a number")
     return float(value)
-
-
-def _eos_token_ids(config):
-    if "eos_token_id" not in config:
-        return ()
-    value = config.values["eos_token_id"]
-    ids = value if isinstance(value, list) else [value]
-    if not all(type(item) is int and item >= 0 for item in ids):
-        raise config.error("eos_token_id", "a token id >= 0 or a list of them")
-    return tuple(ids)

@@ -21,7 +21,7 @@ def resolve(model, *, files=WHAT_WE_READ, progress=True):
     Raises CheckpointError, which says what to do.
     """
     if not isinstance(model, (str, os.PathLike)):
-        raise CheckpointError(f"model is of type {type(model).__name__}, expected a directory or a Hugging Face repo id")
+        raise CheckpointError(f"model is of type {type(model).__name__}, expected a directory or a repo id")
     name = os.fspath(model)
     path = Path(name).expanduser()
     if name and path.is_dir():          # Path("") is the working directory

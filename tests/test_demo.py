@@ -157,5 +157,5 @@ def test_a_trigram_models_probabilities_sum_to_one():
         total = sum(np.exp(trigram.log_probs([*seen, token])[-1]) for token in range(vocab))
         assert total == pytest.approx(1)
     unigram = (3 + 4 / vocab) / (14 + 4)        # by hand: 5 is 3 of 14 tokens of 4 kinds,
-    bigram = (1 + 4 * unigram) / (6 + 4)        # 1 of the 6 tokens (4 kinds) after 6, and 1 of the 2 (2 kinds) after 5 6
+    bigram = (1 + 4 * unigram) / (6 + 4)        # 1 of the 6 tokens (4 kinds) after 6, 1 of the 2 (2 kinds) after 5 6
     assert np.exp(trigram.log_probs([2, 5, 6, 5])[-1]) == pytest.approx((1 + 2 * bigram) / (2 + 2))

@@ -139,7 +139,7 @@ def error_of(kind, text="first line\nsecond line"):
 
 
 @pytest.mark.parametrize(("kind", "expected"), [
-    (errors.GatedRepoError, r"owner/name: asks for a licence.*https://huggingface\.co/owner/name, then `hf auth login`"),
+    (errors.GatedRepoError, r"owner/name: asks for a licence.*https://huggingface\.co/owner/name, then `hf auth"),
     (errors.RepositoryNotFoundError, "owner/name: no such directory here, and no such repository.*check the name"),
     (errors.RevisionNotFoundError, "owner/name: has no revision v9; expected a branch, a tag or a commit"),
     (errors.HfHubHTTPError, "owner/name: the download failed: HfHubHTTPError"),

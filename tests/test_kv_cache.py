@@ -182,7 +182,8 @@ def test_pools_are_grouped_by_window_and_geometry():
     cache = KVCache(pools, [3, 2, 4], 5, LANE)
     assert cache.layer_slot == {0: (0, 0), 2: (0, 1), 1: (1, 0), 4: (1, 1), 3: (2, 0)}
     assert cache.k[0].shape == cache.v[0].shape == (2, 3, 5, 2, 8)
-    assert cache.n_bytes == sum(n * 5 * p.token_bytes(4) for n, p in zip([3, 2, 4], pools, strict=True))
+    assert (sum(array.nbytes for array in (*cache.k, *cache.v))
+            == sum(n * 5 * p.token_bytes(4) for n, p in zip([3, 2, 4], pools, strict=True)))
 
 
 # --- Batch

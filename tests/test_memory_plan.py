@@ -91,7 +91,8 @@ def test_the_engine_runs_under_its_plan(tmp_path):
     arguments = {"device": "cpu", "kv_cache_bytes": 100_000, "max_seqs": 3, "max_batch_tokens": 7, "page_size": 5}
     llm = LLM(path, **arguments)
     assert llm.plan().pools == plan(path, **arguments).pools
-    assert llm.kv_cache.n_bytes == llm.plan().kv_bytes <= 100_000
+    held = sum(array.nbytes for array in (*llm.kv_cache.k, *llm.kv_cache.v))
+    assert held == llm.plan().kv_bytes <= 100_000
     assert llm.max_seq_len == llm.plan().max_seq_len
 
 
@@ -228,8 +229,10 @@ def test_text():
     got = plan_memory(spec, config, 4, memory_bytes=100 * MiB)
     assert str(got).splitlines() == [
         "weights                    0.3 MiB",
-        "KV sliding(5)              0.2 MiB  16 pages of 16: 256 tokens, 1024 bytes a token in 4 layers",
-        "KV global                  0.1 MiB  16 pages of 16: 256 tokens, 512 bytes a token in 2 layers",
+        "KV sliding(5)              0.2 MiB  16 pages of 16: 256 tokens, 1024 bytes a token in 4 layers "
+        "(2 KV heads of 16)",
+        "KV global                  0.1 MiB  16 pages of 16: 256 tokens, 512 bytes a token in 2 layers "
+        "(1 KV heads of 32)",
         "workspace                  1.0 MiB",
         "free                      88.4 MiB",
         "longest sequence 128 tokens; 2 of that length at once"]

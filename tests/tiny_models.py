@@ -44,8 +44,8 @@ def write(directory, family, seed=0, layers="ssgs", generation=None, with_text=T
 def _tokenizer():
     """BPE of VOCAB tokens: letters, a few merges, and the three bytes of "€", so that characters cross tokens."""
     chars = [*"▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?'\n"]
-    merges = [*map(tuple, ("th", "▁t", "he", "ca", "in", "er", "an", "on", "re", "ed", "▁a", "or", "es", "is", "at", "en",
-                           "ou")), ("▁t", "he"), ("ca", "t")]
+    merges = [*map(tuple, ("th", "▁t", "he", "ca", "in", "er", "an", "on", "re",
+                           "ed", "▁a", "or", "es", "is", "at", "en", "ou")), ("▁t", "he"), ("ca", "t")]
     pieces = ["<pad>", "<eos>", "<bos>", "<unk>", "<turn>", "<0xE2>", "<0x82>", "<0xAC>", *chars,
               *(left + right for left, right in merges)]
     backend = Tokenizer(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>",

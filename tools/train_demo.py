@@ -177,7 +177,7 @@ def token_losses(model, batch):
 
 
 def train(model, documents):
-    """One pass: first the lessons, then the rest. Muon for the matrices inside the layers, AdamW for everything else."""
+    """One pass: first the lessons, then the rest. Muon for the matrices inside the layers, AdamW for the rest."""
     rng = np.random.default_rng(SEED)
     lessons, rest = documents[:corpus.N_LESSONS], documents[corpus.N_LESSONS:]
     steps = batches(lessons, rng) + batches(rest, rng)
