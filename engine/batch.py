@@ -1,6 +1,6 @@
 """Batch: what one step computes, flat over its new tokens: ids, positions, slots, and where the keys are."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import pairwise
 
@@ -47,6 +47,10 @@ class PagedBatch:
         """[n_seqs] int32: positions of each row in the cache once its new tokens are written."""
         return np.array([context for _, _, context in self.rows], np.int32)
 
+    def keep(self, rows):
+        """The same sequences with other queries: the last so many new tokens of each."""
+        return replace(self, rows=rows)
+
     def runs(self, i, begin, end):
         """Positions begin..end of row i as [(first slot, n)], one entry for each run of neighbouring pages."""
         runs, at = [], begin
@@ -71,34 +75,41 @@ class Batch:
     """One step. `work` is [(sequence, n new tokens)]; everything else is flat over all new tokens, in that order.
 
     token_ids, positions  [n_tokens] int32
-    starts                [n_seqs] where each sequence's new tokens begin
     pools                 one PagedBatch per KV pool
+    kept                  [n_kept] int32: the rows whose final states somebody wants, or None for all. A prompt's other
+                          rows are there for their k and v, so the last layer stops once those are in the cache
+    kept_rows             rows of the PagedBatches, over the kept tokens: the last so many new tokens of each sequence
     """
 
     work: list
     token_ids: np.ndarray
     positions: np.ndarray
-    starts: list
     pools: tuple
+    kept: np.ndarray | None
+    kept_rows: list
 
     @classmethod
     def build(cls, work, kv_cache):
         """The arrays for `work`, whose pages are already reserved. Plain lists first: most steps are a few tokens."""
         size = kv_cache.page_size
-        token_ids, positions, rows = [], [], []
+        keep_all = any(sequence.task.hidden is not None for sequence, _ in work)
+        token_ids, positions, rows, kept, kept_rows = [], [], [], [], []
         for sequence, n in work:
             begin, end = sequence.n_cached, sequence.n_cached + n
             rows.append((len(token_ids), len(token_ids) + n, end))
             token_ids += sequence.tokens[begin:end]
             positions += range(begin, end)
+            n_kept = n if keep_all else min(n, max(0, end - sequence.next_logit))
+            kept_rows.append((len(kept), len(kept) + n_kept, end))
+            kept += range(len(token_ids) - n_kept, len(token_ids))
         pools = []
         for p in range(len(kv_cache.specs)):
             lists = [sequence.page_lists[p].copy() for sequence, _ in work]
             slots = [held.pages[at // size - held.first] * size + at % size
                      for held, (first, last, _) in zip(lists, rows, strict=True) for at in positions[first:last]]
             pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size))
-        return cls(work, np.array(token_ids, np.int32), np.array(positions, np.int32), [row[0] for row in rows],
-                   tuple(pools))
+        return cls(work, np.array(token_ids, np.int32), np.array(positions, np.int32), tuple(pools),
+                   None if len(kept) == len(token_ids) else np.array(kept, np.int32), kept_rows)
 
     @property
     def n_tokens(self):

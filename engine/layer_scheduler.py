@@ -19,25 +19,31 @@ class LayerScheduler:
             self._inv_freq[attention.rope, attention.head_dim] = attention.rope.inv_freq(attention.head_dim)
 
     def run(self, batch, observe=None):
-        """Computes `batch`, leaving its K and V in the cache. Returns the states after the final norm.
+        """Computes `batch`, leaving its K and V in the cache. Returns the states after the final norm,
+        [n_kept, hidden], a workspace buffer that the next run overwrites.
 
         observe(j, residual)  called with the residual stream [n_tokens, hidden] before layer j and once after the last
-        Returns [n_tokens, hidden], a workspace buffer that the next run overwrites.
         """
-        spec, weights, ops = self.spec, self.weights, self.ops
+        spec, weights, ops, rows = self.spec, self.weights, self.ops, self.workspace.rows
         n, norm = batch.n_tokens, (spec.norm_eps, weights.norm_offset)
-        residual, normed, branch = (self.workspace.rows(name, n, spec.hidden)
-                                    for name in ("residual", "normed", "branch"))
+        residual, normed, branch = (rows(name, n, spec.hidden) for name in ("residual", "normed", "branch"))
         ops.embed(weights.embed, batch.token_ids, spec.embed_scale, residual)
         angles = {key: ops.rope_angles(batch.positions, inv_freq) for key, inv_freq in self._inv_freq.items()}
         if observe:
             observe(0, residual)
         ops.rms_norm(residual, weights.layers[0].input_norm, *norm, normed)
         for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-            self._attend(i, layer.attention, w, batch, angles, normed, branch)
+            is_last = i + 1 == len(spec.layers)
+            q, paged = self._project(i, layer.attention, w, batch, angles, normed)
+            if is_last and batch.kept is not None:
+                n = len(batch.kept)
+                paged = paged.keep(batch.kept_rows)
+                q = ops.select_rows(q, batch.kept, rows("kept_q", n, layer.attention.q_width).reshape(n, *q.shape[1:]))
+                residual = ops.select_rows(residual, batch.kept, rows("kept", n, spec.hidden))
+                normed, branch = rows("normed", n, spec.hidden), rows("branch", n, spec.hidden)
+            self._attend(i, layer.attention, w, q, paged, branch)
             ops.add_norm(residual, branch, w.post_attention_norm, w.pre_mlp_norm, *norm, None, normed)
             self._feed_forward(layer.mlp, w, normed, branch)
-            is_last = i + 1 == len(spec.layers)
             next_norm = weights.norm if is_last else weights.layers[i + 1].input_norm
             ops.add_norm(residual, branch, w.post_mlp_norm, next_norm, *norm, w.layer_scalar, normed)
             if observe:
@@ -52,17 +58,24 @@ class LayerScheduler:
             self.ops.logit_softcap(out, self.spec.logit_softcap)
         return out
 
-    def _attend(self, i, attention, w, batch, angles, normed, out):
+    def _project(self, i, attention, w, batch, angles, normed):
+        """q of layer i [n_tokens, n_heads, head_dim], its k and v in the cache; and the pool's PagedBatch."""
         pool, slot = self.kv_cache.layer_slot[i]
-        k_pages, v_pages, paged = self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot], batch.pools[pool]
+        paged = batch.pools[pool]
         qkv = self.workspace.rows("qkv", batch.n_tokens, attention.qkv_width)
-        mixed = self.workspace.rows("mixed", batch.n_tokens, attention.q_width)
         self.ops.linear(normed, w.qkv, qkv)
         q = self.ops.qk_norm_rope_cache(
-            qkv, w.q_norm, w.k_norm, angles[attention.rope, attention.head_dim], paged.slots, k_pages, v_pages,
-            n_heads=attention.n_heads, v_norm=attention.v_norm, v_is_k=attention.v_is_k, eps=self.spec.norm_eps,
+            qkv, w.q_norm, w.k_norm, angles[attention.rope, attention.head_dim], paged.slots,
+            self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot], n_heads=attention.n_heads,
+            v_norm=attention.v_norm, v_is_k=attention.v_is_k, eps=self.spec.norm_eps,
             weight_offset=self.weights.norm_offset)
-        self.ops.attention(q, k_pages, v_pages, paged, scale=attention.scale, window=attention.window, out=mixed)
+        return q, paged
+
+    def _attend(self, i, attention, w, q, paged, out):
+        pool, slot = self.kv_cache.layer_slot[i]
+        mixed = self.workspace.rows("mixed", len(q), attention.q_width)
+        self.ops.attention(q, self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot], paged, scale=attention.scale,
+                           window=attention.window, out=mixed)
         self.ops.linear(mixed, w.o, out)
 
     def _feed_forward(self, mlp, w, normed, out):

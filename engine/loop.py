@@ -51,19 +51,18 @@ class Loop:
     def _compute(self, work):
         """Runs the model over `work` and gives every task its states, logits and next token."""
         batch = Batch.build(work, self.kv_cache)
-        spans = list(zip(work, batch.starts, strict=True))
-        probes = [(sequence, first, n) for (sequence, n), first in spans if sequence.task.hidden is not None]
-        states = self.layers.run(batch, _observer(probes) if any(s.task.all_layers for s, _, _ in probes) else None)
-        for sequence, first, n in probes:
+        spans = [(sequence, *kept) for (sequence, _), kept in zip(work, batch.kept_rows, strict=True)]
+        probes = [span for span in spans if span[0].task.hidden is not None]
+        states = self.layers.run(batch, _observer(probes) if any(s.task.all_layers for s, *_ in probes) else None)
+        for sequence, begin, end, context in probes:
             if not sequence.task.all_layers:
-                sequence.task.hidden[sequence.n_cached:sequence.n_cached + n] = states[first:first + n]
+                sequence.task.hidden[sequence.n_cached:context] = states[begin:end]
         to_take, to_sample = [], []
-        for (sequence, n), first in spans:
-            stop = sequence.n_cached + n                        # positions before it are computed now
-            if sequence.task.samples and stop == len(sequence.tokens):
-                to_sample.append((sequence, first + n - 1))
-                stop -= 1
-            to_take += ((sequence, first + at - sequence.n_cached) for at in range(sequence.next_logit, stop))
+        for sequence, _, end, context in spans:                 # the state of position p is row end - (context - p)
+            samples = sequence.task.samples and context == len(sequence.tokens)
+            if samples:
+                to_sample.append((sequence, end - 1))
+            to_take += ((sequence, end - (context - p)) for p in range(sequence.next_logit, context - samples))
         most = self.workspace.max_logit_rows
         for at in range(0, len(to_take), most):
             self._take(to_take[at:at + most], states)
@@ -96,7 +95,7 @@ class Loop:
 def _observer(probes):
     """The callback that copies the residual stream into the probes which asked for every layer."""
     def observe(j, residual):
-        for sequence, first, n in probes:
+        for sequence, begin, end, context in probes:
             if sequence.task.all_layers:
-                sequence.task.hidden[j, sequence.n_cached:sequence.n_cached + n] = residual[first:first + n]
+                sequence.task.hidden[j, sequence.n_cached:context] = residual[begin:end]
     return observe

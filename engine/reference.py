@@ -21,6 +21,11 @@ def embed(table, token_ids, scale, out):
     np.multiply(table[token_ids], scale, out=out)
 
 
+def select_rows(x, rows, out):
+    """out[i] = x[rows[i]]; returns out. x [n, ...], rows [n_kept] int32, out [n_kept, ...]."""
+    return np.take(x, rows, axis=0, out=out)
+
+
 def linear(x, weight, out):
     """out = x @ weight.T. x [n, in], weight [out, in], out [n, out].
 
@@ -129,7 +134,7 @@ def attention(q, k_pages, v_pages, paged, *, scale, window, out):
     """
     n_kv_heads, head_dim = k_pages.shape[2:]
     k_slots, v_slots = k_pages.reshape(-1, n_kv_heads, head_dim), v_pages.reshape(-1, n_kv_heads, head_dim)
-    out = out.reshape(len(out), n_kv_heads, -1, head_dim)
+    out = out.reshape(len(q), n_kv_heads, q.shape[1] // n_kv_heads, head_dim)
     q = (q * scale).reshape(out.shape)
     for i, (begin, end, context) in enumerate(paged.rows):
         for at in range(begin, end, QUERIES):

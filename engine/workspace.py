@@ -7,8 +7,8 @@ from math import prod
 class Workspace:
     """Flat buffers by name; `rows(name, n, width)` is n rows of one, contiguous.
 
-    residual, normed, branch   [max_tokens, hidden]
-    qkv, mixed                 [max_tokens, widest fused projection], [max_tokens, widest n_heads * head_dim]
+    residual, normed, branch, kept   [max_tokens, hidden]
+    qkv, kept_q, mixed         [max_tokens, widest fused projection], 2 x [max_tokens, widest n_heads * head_dim]
     gate_up, act               [max_tokens, 2 * intermediate], [max_tokens, intermediate]
     logits                     [max_logit_rows, vocab]
     """
@@ -25,7 +25,8 @@ class Workspace:
         attentions = [layer.attention for layer in spec.layers]
         wide = max(layer.mlp.intermediate for layer in spec.layers)
         widths = {"residual": spec.hidden, "normed": spec.hidden, "branch": spec.hidden,
-                  "qkv": max(a.qkv_width for a in attentions), "mixed": max(a.q_width for a in attentions),
+                  "kept": spec.hidden, "qkv": max(a.qkv_width for a in attentions),
+                  "kept_q": max(a.q_width for a in attentions), "mixed": max(a.q_width for a in attentions),
                   "gate_up": 2 * wide, "act": wide}
         return {**{name: (max_tokens, width) for name, width in widths.items()},
                 "logits": (min(max_logit_rows, max_tokens), spec.vocab)}

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import SamplingParams, reference
+from engine.layer_scheduler import LayerScheduler
 from engine.tasks import Generation
 from tests import tiny_models as tiny
 from tests.golden import assert_logits_close
@@ -317,3 +318,26 @@ def test_any_history_gives_what_a_request_gets_alone(checkpoints, name, page_siz
         tokens += [token for piece in stream for token in piece.token_ids]
         assert tokens == tokens_alone(path, *request)
     assert_all_free(llm)
+
+
+# --- rows nobody asked for stop in the last layer
+
+@pytest.mark.parametrize("chunk", [7, 2048])
+def test_the_last_layer_computes_only_what_was_asked_for(checkpoints, name, alone, monkeypatch, chunk):
+    """Logits of a prompt's last position, and of its last three, are those of all positions; and the rows of the last
+    MLP are as many as were asked for, also when a chunk of the prompt wants none at all."""
+    llm = tiny.open_llm(checkpoints[name], max_batch_tokens=chunk)
+    prompts, every, rows = PROMPTS, alone["logits"], []
+    feed_forward = LayerScheduler._feed_forward
+
+    def spy(self, mlp, w, normed, out):
+        rows.append(len(normed))
+        feed_forward(self, mlp, w, normed, out)
+    monkeypatch.setattr(LayerScheduler, "_feed_forward", spy)
+    for n in (1, 3):
+        rows.clear()
+        for got, expected in zip(llm.forward(prompts, return_logits=n).logits, every, strict=True):
+            assert_logits_close(got, expected[-n:], CLOSE)
+        n_layers = len(llm.spec.layers)
+        assert sum(rows[n_layers - 1::n_layers]) == sum(min(n, len(prompt)) for prompt in prompts)
+        assert sum(rows[::n_layers]) == sum(map(len, prompts))

@@ -25,7 +25,8 @@ def cache_of(*windows, n_pages, page_size):
 
 
 def sequence_in(cache, n_tokens=0):
-    return SimpleNamespace(page_lists=cache.new_page_lists(), n_cached=0, tokens=list(range(n_tokens)))
+    return SimpleNamespace(page_lists=cache.new_page_lists(), n_cached=0, tokens=list(range(n_tokens)),
+                           next_logit=n_tokens - 1, task=SimpleNamespace(hidden=None))
 
 
 def compute(cache, sequence, n):
@@ -230,3 +231,18 @@ def test_batch_arrays_against_positions_one_by_one(window, page_size, data):
         for sequence, n in work:
             sequence.n_cached = min(sequence.n_cached + n, 15)
             cache.trim(sequence)
+
+
+def test_a_batch_keeps_the_rows_whose_states_are_wanted():
+    cache = cache_of(None, n_pages=20, page_size=4)
+    middle, end, all_of_it = (sequence_in(cache, n_tokens=10) for _ in range(3))
+    all_of_it.next_logit = 0
+    work = [(middle, 6), (end, 10), (all_of_it, 3)]
+    for sequence, n in work:
+        assert cache.reserve(sequence, n) == n
+    batch = Batch.build(work, cache)
+    assert batch.kept.tolist() == [6 + 9, 16, 17, 18]           # the prompt's last token; every one of the third
+    assert batch.kept_rows == [(0, 0, 6), (0, 1, 10), (1, 4, 3)]
+    all_of_it.task.hidden = np.zeros((10, 2))
+    batch = Batch.build(work, cache)                            # somebody wants hidden states: all rows run to the end
+    assert batch.kept is None and batch.kept_rows == batch.pools[0].rows
