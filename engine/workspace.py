@@ -15,7 +15,7 @@ class Workspace:
 
     def __init__(self, spec, max_tokens, max_logit_rows, lane):
         self.max_logit_rows = min(max_logit_rows, max_tokens)
-        self._buffers = {name: lane.empty(prod(shape))
+        self._buffers = {name: lane.empty((prod(shape),))
                          for name, shape in self.shapes(spec, max_tokens, self.max_logit_rows).items()}
         self.rows = lru_cache(maxsize=1024)(self._rows)     # decode asks for the same views at every step
 

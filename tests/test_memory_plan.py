@@ -233,6 +233,6 @@ def test_text():
         "(2 KV heads of 16)",
         "KV global                  0.1 MiB  16 pages of 16: 256 tokens, 512 bytes a token in 2 layers "
         "(1 KV heads of 32)",
-        "workspace                  1.0 MiB",
-        "free                      88.4 MiB",
+        "workspace                  1.3 MiB",
+        "free                      88.1 MiB",
         "longest sequence 128 tokens; 2 of that length at once"]
