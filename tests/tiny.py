@@ -91,5 +91,5 @@ def write_checkpoint(directory, config, tensors=None, *, seed=0, prefix="model."
     weight_map = {name: f"model-{i % n_shards + 1:05}-of-{n_shards:05}.safetensors" for i, name in enumerate(named)}
     for file in set(weight_map.values()):
         save_file({name: values for name, values in named.items() if weight_map[name] == file}, directory / file)
-    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return directory
