@@ -72,7 +72,7 @@ class PagedBatch:
 
 @dataclass
 class Batch:
-    """One step. `work` is [(sequence, n new tokens)]; everything else is flat over all new tokens, in that order.
+    """One step, flat over the new tokens of its sequences.
 
     token_ids, positions  [n_tokens] int32
     pools                 one PagedBatch per KV pool
@@ -81,7 +81,6 @@ class Batch:
     kept_rows             rows of the PagedBatches, over the kept tokens: the last so many new tokens of each sequence
     """
 
-    work: list
     token_ids: np.ndarray
     positions: np.ndarray
     pools: tuple
@@ -90,7 +89,8 @@ class Batch:
 
     @classmethod
     def build(cls, work, kv_cache):
-        """The arrays for `work`, whose pages are already reserved. Plain lists first: most steps are a few tokens."""
+        """The arrays for `work`, [(sequence, n new tokens)] with pages reserved, in that order. Plain lists first: most
+        steps are a few tokens."""
         size = kv_cache.page_size
         keep_all = any(sequence.task.hidden is not None for sequence, _ in work)
         token_ids, positions, rows, kept, kept_rows = [], [], [], [], []
@@ -108,7 +108,7 @@ class Batch:
             slots = [held.pages[at // size - held.first] * size + at % size
                      for held, (first, last, _) in zip(lists, rows, strict=True) for at in positions[first:last]]
             pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size))
-        return cls(work, np.array(token_ids, np.int32), np.array(positions, np.int32), tuple(pools),
+        return cls(np.array(token_ids, np.int32), np.array(positions, np.int32), tuple(pools),
                    None if len(kept) == len(token_ids) else np.array(kept, np.int32), kept_rows)
 
     @property

@@ -83,7 +83,7 @@ def _generate(args):
     llm = LLM(args.model, **_given(args, ENGINE))
     params = _params(args, llm, args.stop)
     began = perf_counter()
-    outputs = llm.generate(prompts, [params] * len(prompts))
+    outputs = llm.generate(prompts, params)
     took = perf_counter() - began
     for prompt, output in zip(prompts, outputs, strict=True):
         print(f"{prompt}{output.text}\n" if output.error is None else f"{prompt}\n  error: {output.error}\n")

@@ -13,8 +13,7 @@ def explain(llm):
     for layer, group in groupby(spec.layers):
         n = len(list(group))
         attention = layer.attention
-        kind = "global" if attention.window is None else f"sliding({attention.window})"
-        lines.append(f"  layers {at}..{at + n - 1}: {kind} attention, {attention.n_heads} query and "
+        lines.append(f"  layers {at}..{at + n - 1}: {attention.kind} attention, {attention.n_heads} query and "
                      f"{attention.n_kv_heads} KV heads of {attention.head_dim}"
                      + (", v is the k projection" if attention.v_is_k else "")
                      + f"; dense MLP {layer.mlp.intermediate}")

@@ -7,6 +7,8 @@ of one sequence in every one of those layers. Sliding pools take pages back as s
 from bisect import bisect_left
 from dataclasses import dataclass
 
+from engine.models.spec import attention_kind
+
 
 @dataclass(frozen=True)
 class PoolSpec:
@@ -19,7 +21,7 @@ class PoolSpec:
 
     @property
     def kind(self):
-        return "global" if self.window is None else f"sliding({self.window})"
+        return attention_kind(self.window)
 
     def token_bytes(self, itemsize):
         """Bytes of K and V of one position in all of the pool's layers."""

@@ -34,14 +34,16 @@ class LayerScheduler:
         ops.rms_norm(residual, weights.layers[0].input_norm, *norm, normed)
         for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
             is_last = i + 1 == len(spec.layers)
-            q, paged = self._project(i, layer.attention, w, batch, angles, normed)
+            pool, slot = self.kv_cache.layer_slot[i]
+            paged, pages = batch.pools[pool], (self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot])
+            q = self._project(layer.attention, w, normed, angles, paged.slots, pages)
             if is_last and batch.kept is not None:
                 n = len(batch.kept)
                 paged = paged.keep(batch.kept_rows)
                 q = ops.select_rows(q, batch.kept, rows("kept_q", n, layer.attention.q_width).reshape(n, *q.shape[1:]))
                 residual = ops.select_rows(residual, batch.kept, rows("kept", n, spec.hidden))
                 normed, branch = rows("normed", n, spec.hidden), rows("branch", n, spec.hidden)
-            self._attend(i, layer.attention, w, q, paged, branch)
+            self._attend(layer.attention, w, q, pages, paged, branch)
             ops.add_norm(residual, branch, w.post_attention_norm, w.pre_mlp_norm, *norm, None, normed)
             self._feed_forward(layer.mlp, w, normed, branch)
             next_norm = weights.norm if is_last else weights.layers[i + 1].input_norm
@@ -58,24 +60,18 @@ class LayerScheduler:
             self.ops.logit_softcap(out, self.spec.logit_softcap)
         return out
 
-    def _project(self, i, attention, w, batch, angles, normed):
-        """q of layer i [n_tokens, n_heads, head_dim], its k and v in the cache; and the pool's PagedBatch."""
-        pool, slot = self.kv_cache.layer_slot[i]
-        paged = batch.pools[pool]
-        qkv = self.workspace.rows("qkv", batch.n_tokens, attention.qkv_width)
+    def _project(self, attention, w, normed, angles, slots, pages):
+        """q [n_tokens, n_heads, head_dim]; k and v are in `pages`, (k_pages, v_pages), afterwards."""
+        qkv = self.workspace.rows("qkv", len(normed), attention.qkv_width)
         self.ops.linear(normed, w.qkv, qkv)
-        q = self.ops.qk_norm_rope_cache(
-            qkv, w.q_norm, w.k_norm, angles[attention.rope, attention.head_dim], paged.slots,
-            self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot], n_heads=attention.n_heads,
-            v_norm=attention.v_norm, v_is_k=attention.v_is_k, eps=self.spec.norm_eps,
+        return self.ops.qk_norm_rope_cache(
+            qkv, w.q_norm, w.k_norm, angles[attention.rope, attention.head_dim], slots, *pages,
+            n_heads=attention.n_heads, v_norm=attention.v_norm, v_is_k=attention.v_is_k, eps=self.spec.norm_eps,
             weight_offset=self.weights.norm_offset)
-        return q, paged
 
-    def _attend(self, i, attention, w, q, paged, out):
-        pool, slot = self.kv_cache.layer_slot[i]
+    def _attend(self, attention, w, q, pages, paged, out):
         mixed = self.workspace.rows("mixed", len(q), attention.q_width)
-        self.ops.attention(q, self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot], paged, scale=attention.scale,
-                           window=attention.window, out=mixed)
+        self.ops.attention(q, *pages, paged, scale=attention.scale, window=attention.window, out=mixed)
         self.ops.linear(mixed, w.o, out)
 
     def _feed_forward(self, mlp, w, normed, out):

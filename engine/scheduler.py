@@ -7,9 +7,10 @@ class Scheduler:
     """Mixes decoding and chunked prefill under `max_batch_tokens`, with at most `max_seqs` sequences at once.
 
     Decodes come first, then prefills, then waiting sequences, each in order of submission. A running sequence is part
-    of every step: at most one is in the middle of its prompt, and new ones get what the others leave. When pages
-    run out the newest sequence gives back all of its own and is recomputed later. The oldest one can always go on,
-    because the cache holds at least one sequence of the largest length the engine accepts: so every sequence finishes.
+    of every step until it is preempted: at most one is in the middle of its prompt, and new ones get what the others
+    leave. When pages run out the newest sequence gives back all of its own and is recomputed later. The oldest one can
+    always go on, because the cache holds at least one sequence of the largest length the engine accepts: so every
+    sequence finishes.
     """
 
     def __init__(self, kv_cache, max_seqs, max_batch_tokens):

@@ -27,6 +27,11 @@ class RopeSpec:
         return (self.theta ** (-2 * j / head_dim) / self.factor).astype(np.float32)
 
 
+def attention_kind(window):
+    """How layers and KV pools of that window are named to people."""
+    return "global" if window is None else f"sliding({window})"
+
+
 @dataclass(frozen=True)
 class AttentionSpec:
     """Grouped-query attention with per-head RMSNorm on q and k; query head h reads KV head h // (n_heads / n_kv_heads).
@@ -44,6 +49,10 @@ class AttentionSpec:
     window: int | None = None
     v_norm: bool = False
     v_is_k: bool = False
+
+    @property
+    def kind(self):
+        return attention_kind(self.window)
 
     @property
     def q_width(self):
