@@ -15,5 +15,9 @@ class ShapeError(RawgemError):
     """An op was given an array of the wrong shape or dtype."""
 
 
-__all__ = ["CheckpointError", "ConfigError", "MemoryPlanError", "ParamsError", "PromptError", "RawgemError",
+class KernelError(RuntimeError):
+    """A kernel does not compile, or did what it must not: our fault, never a caller's."""
+
+
+__all__ = ["CheckpointError", "ConfigError", "KernelError", "MemoryPlanError", "ParamsError", "PromptError", "RawgemError",
            "ShapeError"]

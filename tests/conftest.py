@@ -2,7 +2,17 @@
 
 import pytest
 
+from engine.kernels import host
 from tests import tiny_models as tiny
+
+
+def pytest_addoption(parser):
+    parser.addoption("--lane", default="emulated", choices=("emulated", "cuda"), help="where kernel tests run")
+    parser.addoption("--check", action="store_true", help="run kernels under the emulator's memory and race checker")
+
+
+def pytest_terminal_summary(terminalreporter):
+    terminalreporter.write_line(f"host builds of kernels: {host.n_builds} compiled in this run")
 
 
 @pytest.fixture(scope="session")

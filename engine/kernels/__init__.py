@@ -1,0 +1,1 @@
+"""Launchers of the CUDA kernels in cuda/: one module for each cuda/<name>.cu, same base name."""
