@@ -2,6 +2,14 @@
 
 from functools import lru_cache
 from math import prod
+from typing import NamedTuple
+
+
+class Scratch(NamedTuple):
+    """Memory an op may use while it runs: a flat float32 array, and flat int32 counters that are zero between ops."""
+
+    floats: object
+    counters: object
 
 
 class Workspace:
