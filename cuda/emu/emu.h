@@ -23,12 +23,31 @@
 #define __grid_constant__
 
 struct dim3 { unsigned x = 1, y = 1, z = 1; };
-struct alignas(8) float2 { float x, y; };
-struct alignas(16) float4 { float x, y, z, w; };
-struct alignas(8) int2 { int x, y; };
-struct alignas(16) int4 { int x, y, z, w; };
-struct alignas(8) uint2 { unsigned x, y; };
-struct alignas(16) uint4 { unsigned x, y, z, w; };
+
+// A vector is loaded and stored whole, as one access. g++ would take it apart: for the checker, copies are volatile.
+#ifdef EMU_CHECKED
+#define EMU_COPIES(type, whole)                                                                                    \
+    type() = default;                                                                                              \
+    type(const type& from) { const whole all = *(const volatile whole*)&from; memcpy(this, &all, sizeof all); }    \
+    type& operator=(const type& from) {                                                                            \
+        const whole all = *(const volatile whole*)&from;                                                           \
+        *(volatile whole*)this = all;                                                                              \
+        return *this;                                                                                              \
+    }
+#define EMU_VECTOR2(type, T) \
+    struct alignas(8) type { T x, y; EMU_COPIES(type, uint64_t) constexpr type(T x, T y = 0) : x(x), y(y) {} }
+#define EMU_VECTOR4(type, T)                                                          \
+    struct alignas(16) type {                                                         \
+        T x, y, z, w;                                                                 \
+        EMU_COPIES(type, unsigned __int128)                                           \
+        constexpr type(T x, T y = 0, T z = 0, T w = 0) : x(x), y(y), z(z), w(w) {}    \
+    }
+#else
+#define EMU_VECTOR2(type, T) struct alignas(8) type { T x, y; }
+#define EMU_VECTOR4(type, T) struct alignas(16) type { T x, y, z, w; }
+#endif
+EMU_VECTOR2(float2, float); EMU_VECTOR2(int2, int); EMU_VECTOR2(uint2, unsigned);
+EMU_VECTOR4(float4, float); EMU_VECTOR4(int4, int); EMU_VECTOR4(uint4, unsigned);
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline int2 make_int2(int x, int y) { return {x, y}; }
@@ -36,137 +55,133 @@ inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
+// The line that calls, for messages: the last two parameters of what a kernel calls.
+#define EMU_AT const char* file = __builtin_FILE(), int line = __builtin_LINE()
+
+#pragma GCC visibility push(default)
 namespace emu {
 
-struct Warp {
-    unsigned n_threads = 0, n_arrived = 0;
-    unsigned generation = 0;
-    const void* what = nullptr;               // which collective the waiting lanes are in
-    alignas(16) unsigned char value[2][32][16];       // shuffled values, two generations
-    void* lane_args[32];                      // arguments of a collective that its last lane computes for all
-};
+enum Op { SYNCWARP, SHFL, SHFL_UP, SHFL_DOWN, SHFL_XOR, BALLOT, ANY, ALL, MMA_BF16, LOAD_MATRIX, LOAD_MATRIX_TRANS };
 
-struct Fiber {
-    void* sp;
-    void* stack;
-    dim3 thread;
-    unsigned index, lane;
-    Warp* warp;
-    const char* waits_in;                     // barrier or collective, null when it runs
-    int line;
-    bool is_done;
-};
+// A thread asks who it is and always hears the same: const, so that the compiler asks once (of scalars only: a dim3 is
+// packed as x 32 bits, y 16, z 16).
+__attribute__((const)) uint64_t thread_bits();
+__attribute__((const)) uint64_t block_bits();
+__attribute__((const)) uint64_t block_dim_bits();
+__attribute__((const)) uint64_t grid_dim_bits();
+__forceinline__ dim3 unpacked(uint64_t bits) {
+    return {(unsigned)bits, (unsigned)(bits >> 32) & 0xFFFF, (unsigned)(bits >> 48)};
+}
+__attribute__((const)) unsigned lane_index();
+__attribute__((const)) unsigned char* dynamic_smem();
 
-struct Block {
-    dim3 index, dim, grid;
-    Fiber* self;
-    unsigned char* smem;                      // dynamic shared memory
-};
+void sync_block(const char* file, int line);
+void sync_warp(unsigned mask, const char* file, int line);
+uint64_t shuffle(unsigned mask, uint64_t bits, unsigned source, Op op, const char* file, int line);
+unsigned vote(unsigned mask, bool predicate, Op op, const char* file, int line);
+void mma_bf16(float* d, const unsigned* a, const unsigned* b, const char* file, int line);
+void load_matrix(unsigned* r, const void* row, int n_matrices, bool is_trans, const char* file, int line);
+void copy_async(void* to, const void* from, unsigned n_bytes, bool is_read);
+void copy_commit();
+void copy_wait(unsigned n_open);
 
-extern thread_local Block* block __attribute__((tls_model("initial-exec")));
-
-void sync_block(int line);
-// Parks this lane until all lanes of its warp are in the same collective; true in the lane that came last, which does
-// the work and then calls release_warp().
-bool join_warp(const char* what, int line);
-void release_warp();
-
-template <class T> T exchange(T value, unsigned source, const char* what, int line) {
-    static_assert(sizeof(T) <= 16 && std::is_trivially_copyable<T>::value, "shuffles move up to 16 bytes");
-    Fiber* me = block->self;
-    Warp& warp = *me->warp;
-    unsigned char (&slots)[32][16] = warp.value[warp.generation & 1];
-    memcpy(slots[me->lane], &value, sizeof value);
-    if (join_warp(what, line)) release_warp();
-    memcpy(&value, slots[source], sizeof value);
+template <class T> T shuffled(unsigned mask, T value, unsigned source, Op op, const char* file, int line) {
+    static_assert(sizeof(T) <= 8 && std::is_trivially_copyable<T>::value, "shuffles move up to 8 bytes");
+    uint64_t bits = 0;
+    memcpy(&bits, &value, sizeof value);
+    bits = shuffle(mask, bits, source, op, file, line);
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
 
-// One collective whose last lane runs `compute(void* const args[32])` for all of them.
-template <class F> void collective(void* args, F compute, const char* what, int line) {
-    Warp& warp = *block->self->warp;
-    warp.lane_args[block->self->lane] = args;
-    if (join_warp(what, line)) {
-        compute(warp.lane_args);
-        release_warp();
-    }
-}
-
-inline unsigned ballot(bool predicate, const char* what, int line) {
-    unsigned bits = 0;
-    struct Args { bool predicate; unsigned* out; } args{predicate, &bits};
-    collective(&args, [](void* const* all) {
-        unsigned result = 0;
-        for (unsigned i = 0; i < block->self->warp->n_threads; ++i) result |= (unsigned)((Args*)all[i])->predicate << i;
-        for (unsigned i = 0; i < block->self->warp->n_threads; ++i) *((Args*)all[i])->out = result;
-    }, what, line);
-    return bits;
-}
-
-template <class... A, size_t... I> void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
+template <class... A, size_t... I>
+__attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) {
     kernel(*(std::remove_cv_t<std::remove_reference_t<A>>*)args[I]...);
 }
-template <class... A> void call(void (*kernel)(A...), void** args) {
+template <class... A> __attribute__((no_sanitize("thread"))) void call(void (*kernel)(A...), void** args) {
     call(kernel, args, std::index_sequence_for<A...>{});
 }
 
 }  // namespace emu
+#pragma GCC visibility pop
 
-#define threadIdx (emu::block->self->thread)
-#define blockIdx (emu::block->index)
-#define blockDim (emu::block->dim)
-#define gridDim (emu::block->grid)
-#define DYNAMIC_SMEM(name) unsigned char* const name = emu::block->smem
+#define threadIdx (emu::unpacked(emu::thread_bits()))
+#define blockIdx (emu::unpacked(emu::block_bits()))
+#define blockDim (emu::unpacked(emu::block_dim_bits()))
+#define gridDim (emu::unpacked(emu::grid_dim_bits()))
+#define DYNAMIC_SMEM(name) unsigned char* const name = emu::dynamic_smem()
 
-#define __syncthreads() emu::sync_block(__LINE__)
-#define __syncwarp(...) do { if (emu::join_warp("__syncwarp", __LINE__)) emu::release_warp(); } while (0)
-#define __shfl_sync(mask, v, lane) emu::exchange(v, (unsigned)(lane) & 31, "__shfl_sync", __LINE__)
-#define __shfl_xor_sync(mask, v, m) emu::exchange(v, emu::block->self->lane ^ (unsigned)(m), "__shfl_xor_sync", __LINE__)
-#define __shfl_down_sync(mask, v, d) emu::exchange(v, emu::block->self->lane + (d) < 32 ? emu::block->self->lane + (d) : emu::block->self->lane, "__shfl_down_sync", __LINE__)
-#define __shfl_up_sync(mask, v, d) emu::exchange(v, emu::block->self->lane >= (unsigned)(d) ? emu::block->self->lane - (d) : emu::block->self->lane, "__shfl_up_sync", __LINE__)
-#define __ballot_sync(mask, p) emu::ballot(p, "__ballot_sync", __LINE__)
-#define __any_sync(mask, p) (emu::ballot(p, "__any_sync", __LINE__) != 0)
-#define __all_sync(mask, p) (emu::ballot(!(p), "__all_sync", __LINE__) == 0)
+inline void __syncthreads(EMU_AT) { emu::sync_block(file, line); }
+inline void __syncwarp(unsigned mask = 0xFFFFFFFFu, EMU_AT) { emu::sync_warp(mask, file, line); }
+
+// `width` cuts the warp into segments that are shuffled apart; out of the segment, a lane keeps its own value.
+template <class T> T __shfl_sync(unsigned mask, T value, int source, int width = 32, EMU_AT) {
+    const unsigned lane = emu::lane_index(), inside = width - 1;
+    return emu::shuffled(mask, value, (lane & ~inside) | ((unsigned)source & inside), emu::SHFL, file, line);
+}
+template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, EMU_AT) {
+    const unsigned lane = emu::lane_index(), inside = width - 1;
+    return emu::shuffled(mask, value, (lane & inside) < delta ? lane : lane - delta, emu::SHFL_UP, file, line);
+}
+template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, EMU_AT) {
+    const unsigned lane = emu::lane_index(), inside = width - 1;
+    return emu::shuffled(mask, value, (lane & inside) + delta > inside ? lane : lane + delta, emu::SHFL_DOWN, file, line);
+}
+template <class T> T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = 32, EMU_AT) {
+    const unsigned lane = emu::lane_index(), other = lane ^ (unsigned)lanes;
+    return emu::shuffled(mask, value, other > (lane | (unsigned)(width - 1)) ? lane : other, emu::SHFL_XOR, file, line);
+}
+inline unsigned __ballot_sync(unsigned mask, bool p, EMU_AT) { return emu::vote(mask, p, emu::BALLOT, file, line); }
+inline int __any_sync(unsigned mask, bool p, EMU_AT) { return emu::vote(mask, p, emu::ANY, file, line) != 0; }
+inline int __all_sync(unsigned mask, bool p, EMU_AT) { return emu::vote(mask, !p, emu::ALL, file, line) == 0; }
 
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+inline void __threadfence_block() { __threadfence(); }
 template <class T> T __ldg(const T* p) { return *p; }
-template <class T> T atomicAdd(T* p, T v) {
-    if constexpr (std::is_floating_point<T>::value) {
-        T old = __atomic_load_n(p, __ATOMIC_SEQ_CST), next;      // GCC has no floating-point fetch_add builtin
-        do next = old + v; while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
-        return old;
-    } else {
-        return __atomic_fetch_add(p, v, __ATOMIC_SEQ_CST);
-    }
-}
-template <class T> T atomicMax(T* p, T v) {
-    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-    while (old < v && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
-    return old;
-}
-template <class T> T atomicMin(T* p, T v) {
-    T old = __atomic_load_n(p, __ATOMIC_SEQ_CST);
-    while (v < old && !__atomic_compare_exchange_n(p, &old, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST)) {}
-    return old;
-}
-template <class T> T atomicExch(T* p, T v) { return __atomic_exchange_n(p, v, __ATOMIC_SEQ_CST); }
-template <class T> T atomicCAS(T* p, T expected, T v) {
-    __atomic_compare_exchange_n(p, &expected, v, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
+namespace emu { template <class T> using Same = std::common_type_t<T>; }   // takes no part in deduction: atomicAdd(u32*, 1) is an unsigned
+template <class T> T atomicCAS(T* p, emu::Same<T> expected, emu::Same<T> value) {
+    __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     return expected;
 }
+template <class T> T atomicExch(T* p, emu::Same<T> value) {
+    T old;
+    __atomic_exchange(p, &value, &old, __ATOMIC_SEQ_CST);
+    return old;
+}
+namespace emu {
+// The atomics that g++ has no builtin for, floats among them.
+template <class T, class F> T atomic_update(T* p, F next_of) {
+    T old, next;
+    __atomic_load(p, &old, __ATOMIC_SEQ_CST);
+    do next = next_of(old);
+    while (!__atomic_compare_exchange(p, &old, &next, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST));
+    return old;
+}
+}  // namespace emu
+template <class T> T atomicAdd(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old + v); }); }
+template <class T> T atomicSub(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old - v); }); }
+template <class T> T atomicMax(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return old < v ? v : old; }); }
+template <class T> T atomicMin(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return v < old ? v : old; }); }
+template <class T> T atomicOr(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old | v); }); }
+template <class T> T atomicAnd(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old & v); }); }
 
 inline int __float_as_int(float x) { int bits; memcpy(&bits, &x, 4); return bits; }
 inline unsigned __float_as_uint(float x) { unsigned bits; memcpy(&bits, &x, 4); return bits; }
 inline float __int_as_float(int bits) { float x; memcpy(&x, &bits, 4); return x; }
 inline float __uint_as_float(unsigned bits) { float x; memcpy(&x, &bits, 4); return x; }
 inline float __fadd_rn(float a, float b) { return a + b; }
+inline float __fsub_rn(float a, float b) { return a - b; }
 inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __fdiv_rn(float a, float b) { return a / b; }
 inline float __fmaf_rn(float a, float b, float c) { return fmaf(a, b, c); }
 inline float __frsqrt_rn(float x) { return (float)(1 / sqrt((double)x)); }
 inline float rsqrtf(float x) { return (float)(1 / sqrt((double)x)); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
 inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
+inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)((unsigned __int128)a * b >> 64); }
 template <class T> T min(T a, T b) { return b < a ? b : a; }
 template <class T> T max(T a, T b) { return a < b ? b : a; }

@@ -9,69 +9,27 @@
 //   load_matrix_x2           the same for two matrices, rows named by lanes 0..15
 //   copy_async<n_bytes>(to, from, is_read)   cp.async of 4, 8 or 16 bytes; zeros when !is_read (`from` must still be a valid address)
 //   copy_commit(), copy_wait<N>()          close a group of copies; wait until at most N groups are open
+//   exp2_approx(x)           2^x within 2 ulp, 0 for -inf and where the result is subnormal
 #pragma once
 #include "device.cuh"
 
-#ifdef EMULATED
+#ifdef EMULATED                 // collectives of the emulator, in emu/runtime.cpp
 
-namespace emu {
-inline float half_of(u32 two, int i) { return i ? high_half(two) : low_half(two); }
-
-inline void mma_warp(void* const* all) {
-    struct Args { float* d; const u32* a; const u32* b; };
-    float a[16][16], b[16][8];
-    for (int lane = 0; lane < 32; ++lane) {
-        const Args& args = *(Args*)all[lane];
-        const int group = lane / 4, t = lane % 4;
-        for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < 2; ++j) a[group + 8 * (i & 1)][2 * t + j + 8 * (i >> 1)] = half_of(args.a[i], j);
-        for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j) b[2 * t + j + 8 * i][group] = half_of(args.b[i], j);
-    }
-    for (int row = 0; row < 16; ++row) {
-        float d[8];
-        for (int n = 0; n < 8; ++n) d[n] = ((Args*)all[4 * (row % 8) + n / 2])->d[2 * (row / 8) + n % 2];
-        for (int k = 0; k < 16; ++k)
-            for (int n = 0; n < 8; ++n) d[n] += a[row][k] * b[k][n];
-        for (int n = 0; n < 8; ++n) ((Args*)all[4 * (row % 8) + n / 2])->d[2 * (row / 8) + n % 2] = d[n];
-    }
-}
-
-template <int n_matrices, bool is_trans> void load_matrix_warp(void* const* all) {
-    struct Args { u32* r; const u16* row; };
-    for (int lane = 0; lane < 32; ++lane)
-        for (int m = 0; m < n_matrices; ++m) {
-            u16 two[2];
-            for (int j = 0; j < 2; ++j) {
-                const int row = is_trans ? 2 * (lane % 4) + j : lane / 4, column = is_trans ? lane / 4 : 2 * (lane % 4) + j;
-                two[j] = ((Args*)all[8 * m + row])->row[column];
-            }
-            ((Args*)all[lane])->r[m] = two[0] | (u32)two[1] << 16;
-        }
-}
-
-template <int n_matrices, bool is_trans> void load_matrix(u32* r, const void* row, const char* what) {
-    struct Args { u32* r; const u16* row; } args{r, (const u16*)row};
-    collective(&args, load_matrix_warp<n_matrices, is_trans>, what, 0);
-}
-}  // namespace emu
-
-inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+inline void mma_bf16(float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1, EMU_AT) {
     const u32 b[2] = {b0, b1};
-    struct Args { float* d; const u32* a; const u32* b; } args{d, a, b};
-    emu::collective(&args, emu::mma_warp, "mma_bf16", 0);
+    emu::mma_bf16(d, a, b, file, line);
 }
-inline void load_matrix_x4(u32 (&r)[4], const void* row) { emu::load_matrix<4, false>(r, row, "load_matrix_x4"); }
-inline void load_matrix_x4_trans(u32 (&r)[4], const void* row) { emu::load_matrix<4, true>(r, row, "load_matrix_x4_trans"); }
-inline void load_matrix_x2(u32 (&r)[2], const void* row) { emu::load_matrix<2, false>(r, row, "load_matrix_x2"); }
-inline void load_matrix_x2_trans(u32 (&r)[2], const void* row) { emu::load_matrix<2, true>(r, row, "load_matrix_x2_trans"); }
+inline void load_matrix_x4(u32 (&r)[4], const void* row, EMU_AT) { emu::load_matrix(r, row, 4, false, file, line); }
+inline void load_matrix_x4_trans(u32 (&r)[4], const void* row, EMU_AT) { emu::load_matrix(r, row, 4, true, file, line); }
+inline void load_matrix_x2(u32 (&r)[2], const void* row, EMU_AT) { emu::load_matrix(r, row, 2, false, file, line); }
+inline void load_matrix_x2_trans(u32 (&r)[2], const void* row, EMU_AT) { emu::load_matrix(r, row, 2, true, file, line); }
 
-template <int n_bytes> void copy_async(void* to, const void* from, bool is_read = true) {
-    if (is_read) memcpy(to, from, n_bytes);
-    else memset(to, 0, n_bytes);
+template <int n_bytes> __forceinline__ void copy_async(void* to, const void* from, bool is_read = true) {
+    emu::copy_async(to, from, n_bytes, is_read);
 }
-inline void copy_commit() {}
-template <int n_open> void copy_wait() {}
+inline void copy_commit() { emu::copy_commit(); }
+template <int n_open> void copy_wait() { emu::copy_wait(n_open); }
+inline float exp2_approx(float x) { return x < -126.f ? 0.f : exp2f(x); }
 
 #else
 
@@ -107,5 +65,10 @@ template <int n_bytes> __device__ __forceinline__ void copy_async(void* to, cons
 }
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int n_open> __device__ __forceinline__ void copy_wait() { asm volatile("cp.async.wait_group %0;" :: "n"(n_open) : "memory"); }
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
 
 #endif
