@@ -3,13 +3,21 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test check kernels lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m engine generate demo/checkpoint --prompts demo/prompts.txt --max-tokens 160 --temperature 0
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest
+
+# the tests of kernels again, with every access to memory watched
+check: $(VENV)/.test
+	$(BIN)/python -m pytest tests/kernels tests/emu --check
+
+# every kernel compiled for every architecture: registers, spills, shared memory
+kernels: $(VENV)/.test
+	$(BIN)/python tools/check_kernels.py
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --config .ci/ruff.toml .
