@@ -12,7 +12,8 @@ import pytest
 from engine import reference
 from engine.batch import PagedBatch
 from engine.kv_cache import PageList
-from engine.models.spec import RopeSpec
+from engine.models.spec import Llama3Scaling, RopeSpec
+from engine.workspace import Scratch
 
 EPS = 1e-6
 ROUNDED_ONCE = 5e-7             # of the largest value: a few float32 roundings of 6e-8
@@ -25,7 +26,7 @@ def f32(rng, *shape):
 
 def close(got, expected, most):
     """Within `most` of the largest |expected| of the same row (last axis)."""
-    assert got.dtype == np.float32 and got.shape == expected.shape
+    assert got.dtype in (np.float32, np.float64) and got.shape == expected.shape
     error = np.abs(got - expected) / np.abs(expected).max(axis=-1, keepdims=True).clip(1e-30)
     assert error.max(initial=0) <= most, f"off by {error.max():.1e} of the row's largest value, {most:.0e} allowed"
 
@@ -59,18 +60,25 @@ def test_rms_norm_of_zeros_and_of_large_rows():
     assert (x[0] == 0).all() and x[1] == pytest.approx(1.0)
 
 
+@pytest.mark.parametrize("n_tokens", [0, 1, 37])
+@pytest.mark.parametrize("has_post_weight", [True, False])
 @pytest.mark.parametrize("scalar", [None, 0.25])
 @pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_add_norm(scalar, offset):
+def test_add_norm(scalar, offset, has_post_weight, n_tokens):
+    """The branch keeps its values, unless the result is to go there."""
     rng = np.random.default_rng(4)
-    residual, branch, post, following = f32(rng, 37, 24), f32(rng, 37, 24), f32(rng, 24), f32(rng, 24)
-    after = residual + rms_norm_f64(branch, post, offset)
+    residual, branch, post, following = f32(rng, n_tokens, 24), f32(rng, n_tokens, 24), f32(rng, 24), f32(rng, 24)
+    after = residual + (rms_norm_f64(branch, post, offset) if has_post_weight else branch)
     after *= 1 if scalar is None else scalar
-    out = np.empty_like(residual)
-    reference.add_norm(residual, branch, post, following, EPS, offset,
-                       None if scalar is None else np.array([scalar], np.float32), out)
+    out, before, again = np.empty_like(residual), branch.copy(), residual.copy()
+    rest = (post if has_post_weight else None, following, EPS, offset,
+            None if scalar is None else np.array([scalar], np.float32))
+    reference.add_norm(residual, branch, *rest, out)
     close(residual, after, ROUNDED_ONCE)
     close(out, rms_norm_f64(after, following, offset), 2 * ROUNDED_ONCE)
+    np.testing.assert_array_equal(branch, before)
+    reference.add_norm(again, branch, *rest, branch)
+    np.testing.assert_array_equal(branch, out)
 
 
 def test_embed_scales_rows():
@@ -97,14 +105,33 @@ def test_linear_whatever_the_number_of_rows(n_tokens, n_in, n_out, monkeypatch):
     assert np.isnan(out[n_tokens * n_out:]).all()
 
 
+@pytest.mark.parametrize("n_tokens", [0, 1, 3, 20, 50])
+def test_linear_adds_a_residual(n_tokens):
+    """Also where the sum replaces it."""
+    rng = np.random.default_rng(n_tokens)
+    x, weight, residual = f32(rng, n_tokens, 24), f32(rng, 40, 24), f32(rng, n_tokens, 40)
+    expected = x.astype(np.float64) @ weight.T.astype(np.float64) + residual
+    out = np.empty_like(residual)
+    reference.linear(x, weight, out, None, residual)
+    close(out, expected, SUMMED)
+    reference.linear(x, weight, residual, None, residual)
+    np.testing.assert_array_equal(residual, out)
+
+
 # --- activations
+
+def gated(gate_up, activation="gelu_tanh", dtype=np.float32, scratch=None):
+    """gated_linear of a product that is `gate_up` itself."""
+    x = np.asarray(gate_up, dtype)
+    out = np.empty((len(x), x.shape[1] // 2), dtype)
+    reference.gated_linear(x, np.eye(x.shape[1], dtype=dtype), out, scratch, activation)
+    return out
+
 
 def test_gelu_is_the_tanh_approximation():
     """gelu_tanh(1) = 0.841192, where the exact one, with erf, has 0.841345."""
     values = {1.0: 0.841192, -1.0: -0.158808, 0.0: 0.0, 3.0: 2.996363, -10.0: 0.0, 10.0: 10.0}
-    gate_up = np.array([[z, 2.0] for z in values], np.float32)
-    out = np.empty((len(values), 1), np.float32)
-    reference.gated_gelu(gate_up, out)
+    out = gated([[z, 2.0] for z in values])
     np.testing.assert_allclose(out[:, 0], [2 * y for y in values.values()], atol=2e-6)
 
 
@@ -112,13 +139,32 @@ def test_gelu_is_the_tanh_approximation():
 def test_gated_gelu(n_tokens):
     rng = np.random.default_rng(n_tokens)
     gate_up = 3 * f32(rng, n_tokens, 2 * 9)
-    out = np.empty((n_tokens, 9), np.float32)
-    before = gate_up.copy()
-    reference.gated_gelu(gate_up, out)
-    z, up = before[:, :9].astype(np.float64), before[:, 9:].astype(np.float64)
+    z, up = gate_up[:, :9].astype(np.float64), gate_up[:, 9:].astype(np.float64)
     expected = z / 2 * (1 + np.tanh(math.sqrt(2 / math.pi) * (z + 0.044715 * z**3))) * up
-    assert (np.abs(out - expected) <= ROUNDED_ONCE * np.abs(z * up)).all()      # of the terms: 1 + tanh cancels
-    np.testing.assert_array_equal(gate_up, before)
+    assert (np.abs(gated(gate_up) - expected) <= ROUNDED_ONCE * np.abs(z * up)).all()   # of the terms: 1 + tanh cancels
+
+
+@pytest.mark.parametrize("dtype, most", [(np.float32, ROUNDED_ONCE), (np.float64, 1e-15)])
+def test_gated_silu(dtype, most):
+    """Relatively right however negative the gate, with no overflow on the way."""
+    z = np.array([-1e4, -80.0, -30.0, -1.5, -1e-6, 0.0, 0.25, 40.0, 1e4])
+    with np.errstate(over="raise", invalid="raise"):
+        out = gated(np.stack([z, np.full(len(z), -3.0)], axis=1), "silu", dtype)[:, 0]
+    expected = [-3.0 * x * math.exp(min(x, 0.0)) / (1 + math.exp(-abs(x))) for x in z.astype(dtype).tolist()]
+    assert (np.abs(out - expected) <= most * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 4, 33])
+@pytest.mark.parametrize("n_floats", [None, 0, 2 * 33 * 40])
+def test_gated_linear_multiplies_gate_and_up(n_tokens, n_floats):
+    """Gate's rows come first in the weight; the product is held in scratch, which may be missing or too small."""
+    rng = np.random.default_rng(n_tokens)
+    x, weight = f32(rng, n_tokens, 24), f32(rng, 80, 24)
+    scratch = n_floats if n_floats is None else Scratch(np.empty(n_floats, np.float32), np.zeros(0, np.int32))
+    out = np.empty((n_tokens, 40), np.float32)
+    reference.gated_linear(x, weight, out, scratch, "silu")
+    z, up = (x.astype(np.float64) @ w.T.astype(np.float64) for w in (weight[:40], weight[40:]))
+    close(out, z / (1 + np.exp(-z)) * up, SUMMED)
 
 
 def test_logit_softcap():
@@ -133,49 +179,112 @@ def test_logit_softcap():
 # --- q, k and v: norms, rotation, pages
 
 def rotate_f64(x, positions, rope, head_dim):
-    """Split-half rotation of [n_tokens, heads, head_dim]: pairs (j, j + head_dim/2), the first n_pairs of them."""
+    """Rotation of [n_tokens, heads, head_dim]: the first n_pairs of the pairs (j, j + head_dim/2), or (2j, 2j + 1)."""
     y = x.copy()
     for j in range(rope.n_pairs(head_dim)):
         angle = positions * (rope.theta ** (-2 * j / head_dim) / rope.factor)
         cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        a, b = x[..., j], x[..., j + head_dim // 2]
-        y[..., j], y[..., j + head_dim // 2] = a * cos - b * sin, b * cos + a * sin
+        first, second = (2 * j, 2 * j + 1) if rope.interleaved else (j, j + head_dim // 2)
+        a, b = x[..., first], x[..., second]
+        y[..., first], y[..., second] = a * cos - b * sin, b * cos + a * sin
     return y
 
 
+def angles_of(rope, positions, head_dim, dtype=np.float32):
+    out = np.empty((len(positions), 2, rope.n_pairs(head_dim)), dtype)
+    reference.rope_angles(positions, rope.inv_freq(head_dim), out)
+    return out
+
+
 ROPES = {"full": RopeSpec(10_000.0), "linear": RopeSpec(1e6, factor=8.0), "quarter": RopeSpec(1e6, partial=0.25),
-         "none": RopeSpec(1e4, partial=0.0)}
+         "none": RopeSpec(1e4, partial=0.0), "interleaved": RopeSpec(1e4, interleaved=True)}
+
+
+def test_llama3_scaling_of_scout():
+    """Llama 4 Scout: 35 of 64 pairs keep their frequency, the others have a 16th of it, none is blended."""
+    plain, scaled = (RopeSpec(5e5, factor, llama3=llama3).inv_freq(128) for factor, llama3 in
+                     ((1.0, None), (16.0, Llama3Scaling(1.0, 1.0, 8192))))
+    np.testing.assert_array_equal(scaled[:35], plain[:35])
+    np.testing.assert_array_equal(scaled[35:], plain[35:] / 16)
+
+
+def test_llama3_scaling_that_blends():
+    """29 pairs untouched, 6 blended, 29 divided by 8; by the formula with wavelengths."""
+    theta, factor, low, high, original = 5e5, 8.0, 1.0, 4.0, 8192
+    scaled = RopeSpec(theta, factor, llama3=Llama3Scaling(low, high, original)).inv_freq(128)
+    expected, n_blended = [], 0
+    for j in range(64):
+        inv = theta ** (-2 * j / 128)
+        wavelength = 2 * math.pi / inv
+        if wavelength < original / high:
+            expected.append(inv)
+        elif wavelength > original / low:
+            expected.append(inv / factor)
+        else:
+            share = (original / wavelength - low) / (high - low)
+            expected.append((1 - share) * inv / factor + share * inv)
+            n_blended += 1
+    assert n_blended == 6
+    np.testing.assert_allclose(scaled, expected, rtol=1.2e-7)
+
+
+def test_rope_angles_are_of_the_rounded_product():
+    """In float64 too: what a kernel is compared with has the kernel's angle."""
+    positions, inv_freq = np.array([0, 1, 77777], np.int32), np.array([1.0, 0.1, 1e-5], np.float32)
+    out = np.empty((3, 2, 3))
+    reference.rope_angles(positions, inv_freq, out)
+    angle = np.array([[np.float32(p) * f for f in inv_freq] for p in positions], np.float32).astype(np.float64)
+    np.testing.assert_array_equal(out, np.stack([np.cos(angle), np.sin(angle)], axis=1))
 
 
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(1, 1, 2), (4, 2, 16), (6, 1, 24), (3, 3, 6)])
 @pytest.mark.parametrize("v", ["projected", "normed", "is k"])
 def test_qk_norm_rope_cache(rope, n_heads, n_kv_heads, head_dim, v):
-    """q comes back normed and rotated; k and v land in their slots, v unrotated and without k's weight."""
+    """q comes out normed and rotated; k and v land in their slots, v unrotated and without k's weight. A token with
+    slot -1 leaves nothing there, and qkv keeps its values."""
     rope, offset = ROPES[rope], 1.0 if v == "projected" else 0.0
     rng = np.random.default_rng([n_heads, head_dim])
     n_tokens, page_size = 37, 4
     positions = rng.integers(0, 500, n_tokens).astype(np.int32)
     slots = rng.permutation(12 * page_size)[:n_tokens].astype(np.int32)
+    slots[[0, 5, 36]] = -1
     n_in = n_heads + n_kv_heads * (1 if v == "is k" else 2)
     qkv, q_norm, k_norm = f32(rng, n_tokens, n_in * head_dim), f32(rng, head_dim), f32(rng, head_dim)
     heads = qkv.reshape(n_tokens, n_in, head_dim).astype(np.float64)
     k_pages, v_pages = (np.full((12, page_size, n_kv_heads, head_dim), np.nan, np.float32) for _ in range(2))
-    angles = reference.rope_angles(positions, rope.inv_freq(head_dim))
-    got = reference.qk_norm_rope_cache(qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, n_heads=n_heads,
-                                       v_norm=v != "projected", v_is_k=v == "is k", eps=EPS, weight_offset=offset)
+    before, q_out = qkv.copy(), np.empty((n_tokens, n_heads * head_dim), np.float32)
+    reference.qk_norm_rope_cache(qkv, q_norm, k_norm, angles_of(rope, positions, head_dim), slots, k_pages, v_pages,
+                                 n_heads=n_heads, v_norm=v != "projected", v_is_k=v == "is k", eps=EPS,
+                                 weight_offset=offset, interleaved=rope.interleaved, out=q_out)
+    np.testing.assert_array_equal(qkv, before)
     q, k = heads[:, :n_heads], heads[:, n_heads:n_heads + n_kv_heads]
     v = k if v == "is k" else heads[:, n_heads + n_kv_heads:]
     v = v if offset else rms_norm_f64(v, None, 0.0)
     def rotated(x, weight):
         return rotate_f64(rms_norm_f64(x, weight, offset), positions.astype(np.float64), rope, head_dim)
     most = 1e-4                                 # position · frequency is rounded to float32, at up to 500 radians
-    close(got, rotated(q, q_norm), most)
-    close(k_pages.reshape(-1, n_kv_heads, head_dim)[slots], rotated(k, k_norm), most)
-    close(v_pages.reshape(-1, n_kv_heads, head_dim)[slots], v, ROUNDED_ONCE)
+    close(q_out.reshape(q.shape), rotated(q, q_norm), most)
+    kept = slots >= 0
+    close(k_pages.reshape(-1, n_kv_heads, head_dim)[slots[kept]], rotated(k, k_norm)[kept], most)
+    close(v_pages.reshape(-1, n_kv_heads, head_dim)[slots[kept]], v[kept], ROUNDED_ONCE)
     untouched = np.setdiff1d(np.arange(12 * page_size), slots)
     assert np.isnan(k_pages.reshape(-1, n_kv_heads, head_dim)[untouched]).all()
     assert np.isnan(v_pages.reshape(-1, n_kv_heads, head_dim)[untouched]).all()
+
+
+def test_heads_without_norm_weights():
+    """None multiplies by nothing, as a weight of ones does."""
+    rng = np.random.default_rng(9)
+    qkv, angles = f32(rng, 3, 4 * 8), angles_of(RopeSpec(100.0), np.arange(3, dtype=np.int32), 8)
+    results = []
+    for weight in (None, np.ones(8, np.float32)):
+        pages, out = np.zeros((2, 1, 3, 1, 8), np.float32), np.empty((3, 16), np.float32)
+        reference.qk_norm_rope_cache(qkv, weight, weight, angles, np.arange(3, dtype=np.int32), *pages, n_heads=2,
+                                     v_norm=False, v_is_k=False, eps=EPS, weight_offset=0.0, out=out)
+        results.append((out, pages))
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_rotation_keeps_relative_positions():
@@ -187,11 +296,11 @@ def test_rotation_keeps_relative_positions():
         k_pages, v_pages = np.zeros((2, 1, 1, 1, 16), np.float32)
         rotated_k = []
         for position in (at_q, at_k):
-            angles = reference.rope_angles(np.array([position], np.int32), RopeSpec(100.0).inv_freq(16))
-            out = reference.qk_norm_rope_cache(
-                qkv.copy(), np.ones(16, np.float32), np.ones(16, np.float32), angles, np.array([0], np.int32), k_pages,
-                v_pages, n_heads=1, v_norm=False, v_is_k=False, eps=EPS, weight_offset=0.0)
-            rotated_k.append((out[0, 0].copy(), k_pages[0, 0, 0].copy()))
+            angles, out = angles_of(RopeSpec(100.0), np.array([position], np.int32), 16), np.empty((1, 16), np.float32)
+            reference.qk_norm_rope_cache(
+                qkv, np.ones(16, np.float32), np.ones(16, np.float32), angles, np.array([0], np.int32), k_pages,
+                v_pages, n_heads=1, v_norm=False, v_is_k=False, eps=EPS, weight_offset=0.0, out=out)
+            rotated_k.append((out[0], k_pages[0, 0, 0].copy()))
         return rotated_k[0][0] @ rotated_k[1][1]
     assert product(5, 3) == pytest.approx(product(9, 7), abs=1e-5) == pytest.approx(product(2, 0), abs=1e-5)
     assert abs(product(5, 3) - product(5, 5)) > 1e-2
@@ -199,31 +308,40 @@ def test_rotation_keeps_relative_positions():
 
 # --- attention
 
-def attention_f64(q, k, v, n_before, scale, window):
+def attention_f64(q, k, v, n_before, scale, window, chunk=None, softcap=None, last_visible=None):
     """Of the last positions of one sequence; q [n, n_heads, head_dim], k and v [n_before + n, n_kv_heads, head_dim]."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
     out = np.empty(q.shape)
     for i in range(len(q)):
-        end = n_before + i + 1
-        begin = 0 if window is None else max(0, end - window)
+        begin, end = 0, n_before + i + 1
+        if window is not None:
+            begin = max(begin, end - window)
+        if chunk is not None:
+            begin = max(begin, (end - 1) // chunk * chunk)
+        if last_visible is not None:
+            end = last_visible[i] + 1
         for head in range(q.shape[1]):
             scores = k[begin:end, head // group] @ q[i, head] * scale
+            if softcap is not None:
+                scores = softcap * np.tanh(scores / softcap)
             weights = np.exp(scores - scores.max())
             out[i, head] = weights @ v[begin:end, head // group] / weights.sum()
     return out.reshape(len(q), -1)
 
 
-def run_attention(rng, rows, n_heads, n_kv_heads, head_dim, page_size, window, order="scattered", spread=1.0):
+def run_attention(rng, rows, n_heads, n_kv_heads, head_dim, page_size, window, order="scattered", spread=1.0,
+                  chunk=None, softcap=None, images=None, dtype=np.float32):
     """rows [(positions cached before, new ones)]; returns (out, expected). Pages hold NaN where no position lies, and
-    those that a sliding pool would have freed are not there."""
+    those that a sliding pool would have freed are not there. images {row: [(first, last)]}: positions that see all of
+    each other."""
     kept_from = [0 if window is None else max(0, n_before - 1 - window) // page_size for n_before, _ in rows]
     n_pages = [-(-(n_before + n) // page_size) - first for (n_before, n), first in zip(rows, kept_from, strict=True)]
     ids = np.arange(sum(n_pages) + 3)
     ids = {"scattered": rng.permutation(ids), "one run": ids, "backwards": ids[::-1]}[order].tolist()
-    k_pages, v_pages = (np.full((len(ids), page_size, n_kv_heads, head_dim), np.nan, np.float32) for _ in range(2))
-    scale, lists, slots, flat_rows, qs, expected = head_dim**-0.5, [], [], [], [], []
-    for (n_before, n), first, n_held in zip(rows, kept_from, n_pages, strict=True):
+    k_pages, v_pages = (np.full((len(ids), page_size, n_kv_heads, head_dim), np.nan, dtype) for _ in range(2))
+    scale, lists, slots, flat_rows, qs, expected, visible = head_dim**-0.5, [], [], [], [], [], []
+    for i, ((n_before, n), first, n_held) in enumerate(zip(rows, kept_from, n_pages, strict=True)):
         pages, ids = ids[:n_held], ids[n_held:]
         q, k, v = (f32(rng, size, heads, head_dim) for size, heads in
                    ((n, n_heads), (n_before + n, n_kv_heads), (n_before + n, n_kv_heads)))
@@ -235,11 +353,16 @@ def run_attention(rng, rows, n_heads, n_kv_heads, head_dim, page_size, window, o
         slots += [pages[p // page_size - first] * page_size + p % page_size for p in range(n_before, n_before + n)]
         flat_rows.append((sum(map(len, qs)), sum(map(len, qs)) + n, n_before + n))
         qs.append(q)
-        expected.append(attention_f64(q, k, v, n_before, scale, window))
-    q = np.concatenate(qs)
-    out = np.full((len(q), n_heads * head_dim), np.nan, np.float32)
-    paged = PagedBatch(lists, np.array(slots, np.int32), flat_rows, page_size)
-    reference.attention(q, k_pages, v_pages, paged, scale=scale, window=window, out=out)
+        seen = np.arange(n_before, n_before + n, dtype=np.int32)
+        for begin, last in (images or {}).get(i, ()):
+            seen[begin - n_before:last + 1 - n_before] = last
+        visible.append(seen)
+        expected.append(attention_f64(q, k, v, n_before, scale, window, chunk, softcap, seen))
+    q = np.concatenate(qs).reshape(-1, n_heads * head_dim).astype(dtype)
+    out = np.full(q.shape, np.nan, dtype)
+    paged = PagedBatch(lists, np.array(slots, np.int32), flat_rows, page_size,
+                       None if images is None else np.concatenate(visible))
+    reference.attention(q, k_pages, v_pages, paged, scale=scale, out=out, window=window, chunk=chunk, softcap=softcap)
     return out, np.concatenate(expected)
 
 
@@ -279,3 +402,46 @@ def test_attention_of_sharp_scores():
     out, expected = run_attention(rng, RAGGED, 4, 2, 16, 4, None, spread=200.0)
     assert np.isfinite(out).all()
     close(out, expected, 1e-4)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 16, 64, 1000])
+@pytest.mark.parametrize("rows", [RAGGED, [(50, 129)], [(0, 200), (63, 1), (64, 1)]])
+def test_attention_within_chunks(chunk, rows):
+    """A token sees the keys of its own chunk only, wherever blocks of queries and steps begin."""
+    rng = np.random.default_rng(chunk)
+    out, expected = run_attention(rng, rows, 4, 2, 10, 3, None, chunk=chunk)
+    close(out, expected, SUMMED)
+
+
+@pytest.mark.parametrize("window", [None, 4, 30])
+@pytest.mark.parametrize("page_size", [1, 16])
+def test_attention_over_images(window, page_size):
+    """Image tokens see their whole image, back to where a causal window ends; other tokens no later one. Images larger
+    than the window, across blocks of queries, at both ends of a step, one token long."""
+    rng = np.random.default_rng(page_size)
+    rows = [(0, 12), (5, 130), (7, 1), (20, 30), (3, 1)]
+    images = {0: [(0, 11)], 1: [(5, 9), (60, 99), (134, 134)], 3: [(22, 29), (40, 49)]}
+    out, expected = run_attention(rng, rows, 4, 2, 10, page_size, window, images=images)
+    close(out, expected, SUMMED)
+
+
+def test_kept_tokens_see_what_they_saw():
+    """PagedBatch.keep takes the last so many tokens of each row, and what these may see."""
+    paged = PagedBatch([None] * 3, np.zeros(9, np.int32), [(0, 4, 10), (4, 6, 2), (6, 9, 3)], 16,
+                       np.arange(9, dtype=np.int32))
+    kept = paged.keep([(0, 1, 10), (1, 1, 2), (1, 3, 3)])
+    np.testing.assert_array_equal(kept.last_visible, [3, 7, 8])
+
+
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
+def test_attention_with_a_softcap(softcap):
+    rng = np.random.default_rng(10)
+    out, expected = run_attention(rng, RAGGED, 4, 2, 10, 4, 5, spread=4.0, softcap=softcap)
+    close(out, expected, SUMMED)
+
+
+def test_attention_in_float64():
+    """The twin of kernels is exact to its last bits: nothing in it is rounded to float32."""
+    rng = np.random.default_rng(11)
+    out, expected = run_attention(rng, RAGGED, 4, 2, 10, 4, 5, dtype=np.float64)
+    close(out, expected, 1e-14)

@@ -6,25 +6,51 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Llama3Scaling:
+    """Frequencies that turn `high` times or more within the original context stay, those that turn `low` times or less
+    are divided, and those between are blended. Source: HF modeling_rope_utils, _compute_llama3_parameters.
+
+    low, high           turns within original_max_positions; where they are equal nothing is blended
+    """
+
+    low: float
+    high: float
+    original_max_positions: int
+
+    def kept_share(self, inv_freq):
+        """How much of each frequency is not divided, 0..1."""
+        turns = self.original_max_positions * inv_freq / (2 * np.pi)
+        if self.low == self.high:
+            return (turns >= self.low).astype(np.float64)
+        return np.clip((turns - self.low) / (self.high - self.low), 0.0, 1.0)
+
+
+@dataclass(frozen=True)
 class RopeSpec:
     """Rotary embedding in split-half pairs (j, j + head_dim/2), of which the first `n_pairs` rotate.
 
-    theta    base of the frequencies
-    factor   divides every frequency (linear position interpolation)
-    partial  share of the head's dimensions that rotate; the exponent still divides by the whole head_dim
+    theta        base of the frequencies
+    factor       divides every frequency (linear position interpolation), or with `llama3` the low ones
+    partial      share of the head's dimensions that rotate; the exponent still divides by the whole head_dim
+    interleaved  pairs are (2j, 2j + 1)
+    llama3       which frequencies `factor` divides, or None for all
     """
 
     theta: float
     factor: float = 1.0
     partial: float = 1.0
+    interleaved: bool = False
+    llama3: Llama3Scaling | None = None
 
     def n_pairs(self, head_dim):
         return int(self.partial * head_dim // 2)
 
     def inv_freq(self, head_dim):
-        """theta^(-2j / head_dim) / factor, float32 [n_pairs(head_dim)], each rounded once from float64."""
+        """theta^(-2j / head_dim), scaled; float32 [n_pairs(head_dim)], each rounded once from float64."""
         j = np.arange(self.n_pairs(head_dim), dtype=np.float64)
-        return (self.theta ** (-2 * j / head_dim) / self.factor).astype(np.float32)
+        plain = self.theta ** (-2 * j / head_dim)
+        kept = 0.0 if self.llama3 is None else self.llama3.kept_share(plain)
+        return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
 
 
 def attention_kind(window):

@@ -1,0 +1,93 @@
+"""Rotary embedding, fused with the norms of q, k and v and the write to the KV cache (cuda/rope.cu)."""
+
+from typing import NamedTuple
+
+from engine.errors import ShapeError
+from engine.kernels.match import match
+from engine.kernels.source import BF16, Kernel
+
+ROPE_ANGLES, QK_NORM_ROPE_CACHE = Kernel("rope.cu", "rope_angles"), Kernel("rope.cu", "qk_norm_rope_cache")
+ANGLE_THREADS = 256
+THREADS = 128
+MULTIPLE, MOST_HEAD_DIM = 4, 512
+ENOUGH_BLOCKS = 132 * 16        # fill an H200; a token's heads share a block from that many tokens on
+
+
+class Geometry(NamedTuple):
+    """width: bf16 of one access; chunks: accesses of a lane in each half of a head; n_lanes: that have a head."""
+
+    width: int
+    chunks: int
+    n_lanes: int
+
+
+def geometry(head_dim):
+    """The Geometry of a head: of nothing else, as the order of its sum follows from it."""
+    half = head_dim // 2
+    width, chunks = (2, 4) if half % 4 else (4, 1 if half <= 128 else 2)
+    n_lanes = 1
+    while width * chunks * n_lanes < half:
+        n_lanes *= 2
+    return Geometry(width, chunks, n_lanes)
+
+
+def rope_angles(positions, inv_freq, out):
+    """out[t] = cos, sin of positions[t] * inv_freq, a product that is rounded to float32; within 1.5e-7.
+
+    positions  [n_tokens] int32, below 2**24
+    inv_freq   [n_pairs] float32
+    out        [n_tokens, 2, n_pairs] float32
+    Raises ShapeError. Source: arXiv:2104.09864.
+    """
+    dims = match("rope_angles", positions=(positions, "n_tokens", "int32"), inv_freq=(inv_freq, "n_pairs", "float32"),
+                 out=(out, "n_tokens 2 n_pairs", "float32"))
+    width, chunks, _ = geometry(MOST_HEAD_DIM)
+    ROPE_ANGLES(WIDTH=width, CHUNKS=chunks).launch((dims.n_tokens, -(-dims.n_pairs // ANGLE_THREADS)),
+                                                   (ANGLE_THREADS,), (positions, inv_freq, out, dims.n_pairs))
+
+
+def qk_norm_rope_cache(qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, *, n_heads, v_norm, v_is_k, eps,
+                       weight_offset, interleaved=False, out):
+    """Per-head RMSNorm of q and k, RoPE on both, v normalised without a weight if v_norm; q goes to out, k and v go
+    into their pages. Computed in float32, rounded once.
+
+    qkv             [n_tokens, (n_heads + n_kv_heads * (1 if v_is_k else 2)) * head_dim] bf16; head_dim a multiple of 4,
+                    at most 512
+    q_norm, k_norm  [head_dim] bf16, or None to multiply by nothing
+    angles          [n_tokens, 2, n_pairs] float32 from rope_angles, for the first n_pairs of the pairs
+                    (j, j + head_dim/2), or of the pairs (2j, 2j + 1) if interleaved
+    slots           [n_tokens] int32: page * page_size + offset, where each token's k and v go; -1 is nowhere
+    k_pages, v_pages [n_pages, page_size, n_kv_heads, head_dim] bf16
+    out             [n_tokens, n_heads * head_dim] bf16
+    Raises ShapeError. Source: HF modeling_gemma3, Gemma3Attention; v_norm, v_is_k: HF modeling_gemma4.
+    """
+    op = "qk_norm_rope_cache"
+    pages = match(op, k_pages=(k_pages, "n_pages page_size n_kv_heads head_dim", BF16),
+                  v_pages=(v_pages, "n_pages page_size n_kv_heads head_dim", BF16))
+    n_kv_heads, head_dim = pages.n_kv_heads, pages.head_dim
+    if head_dim % MULTIPLE or not 0 < head_dim <= MOST_HEAD_DIM:
+        raise ShapeError(f"{op}: head_dim is {head_dim}, expected a multiple of {MULTIPLE} up to {MOST_HEAD_DIM}")
+    n_in = n_heads + n_kv_heads * (1 if v_is_k else 2)
+    dims = match(op, dims={"head_dim": head_dim, "qkv_width": n_in * head_dim, "q_width": n_heads * head_dim},
+                 qkv=(qkv, "n_tokens qkv_width", BF16), q_norm=(q_norm, "head_dim", BF16),
+                 k_norm=(k_norm, "head_dim", BF16), angles=(angles, "n_tokens 2 n_pairs", "float32"),
+                 slots=(slots, "n_tokens", "int32"), out=(out, "n_tokens q_width", BF16))
+    if dims.n_pairs > head_dim // 2:
+        raise ShapeError(f"{op}: angles are of {dims.n_pairs} pairs, head_dim {head_dim} has {head_dim // 2}")
+    if not dims.n_tokens:
+        return
+    width, chunks, n_lanes = geometry(head_dim)
+    n_groups = -(-n_in * n_lanes // THREADS)
+    QK_NORM_ROPE_CACHE(WIDTH=width, CHUNKS=chunks).launch(
+        (dims.n_tokens, min(n_groups, -(-ENOUGH_BLOCKS // dims.n_tokens))), (THREADS,),
+        (qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, out, n_heads, n_kv_heads, head_dim, dims.n_pairs,
+         n_lanes, v_norm, v_is_k, interleaved, eps, weight_offset))
+
+
+def variants(spec, max_tokens):
+    """(Build, threads of a block, dynamic shared memory) of all that a ModelSpec launches."""
+    width, chunks, _ = geometry(MOST_HEAD_DIM)
+    yield ROPE_ANGLES(WIDTH=width, CHUNKS=chunks), ANGLE_THREADS, 0
+    for head_dim in dict.fromkeys(layer.attention.head_dim for layer in spec.layers):
+        width, chunks, _ = geometry(head_dim)
+        yield QK_NORM_ROPE_CACHE(WIDTH=width, CHUNKS=chunks), THREADS, 0
