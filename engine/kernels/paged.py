@@ -1,0 +1,205 @@
+"""Which block of attention does what: the work lists of a step, planned on the host, and what else it reads of a pool.
+
+A sequence's rows are its (new token, query head of the group) pairs of one KV head. Up to 16 rows are one tile of the
+decode kernel, more are tiles of the prefill kernel. A tile is done serially by one block, or by one block for each
+stretch of `split_keys` keys; either way gives the same bits, so the choice only decides how well the machine is filled.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+UNIT_ROWS = 16              # rows of the smallest tile, and of one unit of partial sums
+N_BLOCKS = 264              # blocks of a launch at most: two for each of the 132 multiprocessors of an H100 or H200
+PARTIAL_FLOATS = 2**24      # 64 MiB of partial sums at most: 32k positions of 16 sequences at head_dim 512, 4 KV heads
+NO_LIMIT = 2**31 - 1        # as a window or chunk: every earlier position
+ITEM = 4                    # (sequence, first row, split or -1, first unit)
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """One build of cuda/attention.cu: what its constants mean is said there."""
+
+    head_dim: int
+    keys: int
+    warps_m: int
+    warps_n: int
+    slots: int
+    min_blocks: int
+
+    @property
+    def rows(self):
+        return UNIT_ROWS * self.warps_m
+
+    @property
+    def n_threads(self):
+        return 32 * self.warps_m * self.warps_n
+
+    @property
+    def smem_bytes(self):
+        """Dynamic shared memory: q, the ring of K and V tiles, P and its row maxima, key slots, rows, a counter."""
+        shared_p = self.rows * (2 * self.keys + 16 + 4 * self.warps_n) if self.warps_n > 1 else 0
+        tiles = (self.rows + self.slots * self.keys) * (2 * self.head_dim + 16)
+        return tiles + shared_p + 8 * self.keys + 16 * self.rows + 4
+
+    @property
+    def constants(self):
+        return {"HEAD_DIM": self.head_dim, "KEYS": self.keys, "WARPS_M": self.warps_m, "WARPS_N": self.warps_n,
+                "SLOTS": self.slots, "MIN_BLOCKS": self.min_blocks}
+
+
+def geometry(head_dim, is_decode):
+    """The build for any head_dim up to 512. Decode keeps K and V in flight (3 of 4 tiles of a ring), prefill feeds the
+    tensor cores from 128 rows, or 64 where the accumulators of more would not fit. Everything fits 163 KB."""
+    width = next(n for n in (16, 32, 64, 80, 128, 256, 512) if n >= head_dim)
+    keys = 32 if width == 512 else 64                               # never depends on is_decode: it is in the bits
+    if is_decode:
+        return Geometry(width, keys, 1, 4, slots=3 if width == 256 else 4, min_blocks=1 if width == 512 else 2)
+    warps_m, warps_n, slots = {256: (4, 4, 3), 512: (4, 2, 2)}.get(width, (8, 1, 4))
+    return Geometry(width, keys, warps_m, warps_n, slots, min_blocks=1)
+
+
+def split_keys(n_kv_heads, window=None, chunk=None):
+    """Keys of a split: few where a short window or few heads make few blocks; merging is cheap beside reading them."""
+    if min(window or NO_LIMIT, chunk or NO_LIMIT) <= 2048:
+        return 128 if n_kv_heads < 4 else 256
+    return min(256 * n_kv_heads, 1024)
+
+
+def max_units(n_kv_heads, head_dim):
+    """Units of partial sums, [n_kv_heads, 16 rows], that a launch may use."""
+    width = geometry(head_dim, True).head_dim
+    return max(1, PARTIAL_FLOATS // (n_kv_heads * UNIT_ROWS * (width + 2)))
+
+
+def scratch_size(n_kv_heads, head_dim, max_context, window=None, chunk=None):
+    """(floats, counters) that attention needs of its scratch for sequences of up to max_context positions."""
+    split = split_keys(n_kv_heads, window, chunk)
+    most = 1 + (min(max_context, window or NO_LIMIT, chunk or NO_LIMIT) + split - 1) // split
+    sizes = []
+    for shape in (geometry(head_dim, True), geometry(head_dim, False)):
+        n_tiles = -(-N_BLOCKS // n_kv_heads)                        # no more are longer than a block's share
+        n_units = min(max_units(n_kv_heads, head_dim), n_tiles * most * shape.warps_m)
+        sizes.append((N_BLOCKS * (shape.rows * shape.head_dim + 4 * shape.n_threads)
+                      + n_units * n_kv_heads * UNIT_ROWS * (shape.head_dim + 2), n_units * n_kv_heads))
+    return tuple(map(max, *sizes))
+
+
+class WorkPlan(NamedTuple):
+    """Work lists of a step, int32 [n, 4] each: (sequence, first row, split or -1 for all, first unit of partials)."""
+
+    decode: np.ndarray
+    prefill: np.ndarray
+
+
+def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_visible=None):
+    """The WorkPlan of a step.
+
+    rows          [(first query, end, context)] of each sequence; its last query has position context - 1
+    window, chunk as attention takes them
+    last_visible  host int32 [n_tokens] or None, never descending within a sequence
+    """
+    begin, end, context = np.array(rows, np.int64).reshape(-1, 3).T
+    group, split = n_heads // n_kv_heads, split_keys(n_kv_heads, window, chunk)
+    n_rows, first_position = (end - begin) * group, context - (end - begin)
+    is_decode = n_rows <= UNIT_ROWS
+
+    def items(which, shape):
+        n_tiles = np.where(which, -(-n_rows // shape.rows), 0)
+        sequence = np.repeat(np.arange(len(n_rows)), n_tiles)
+        first_row = (np.arange(len(sequence)) - np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)) * shape.rows
+        first_token = first_row // group
+        last_token = (np.minimum(first_row + shape.rows, n_rows[sequence]) - 1) // group
+        position = first_position[sequence] + first_token
+        in_chunk = position % (chunk or NO_LIMIT)
+        first_key = position - np.minimum(in_chunk, (window or NO_LIMIT) - 1)
+        last_key = first_position[sequence] + last_token
+        if last_visible is not None:
+            last_key = np.minimum(np.asarray(last_visible)[begin[sequence] + last_token], context[sequence] - 1)
+        return _divided(sequence, first_row, first_key, last_key, split, shape.warps_m, n_kv_heads,
+                        max_units(n_kv_heads, head_dim))
+
+    return WorkPlan(items(is_decode, geometry(head_dim, True)), items(~is_decode, geometry(head_dim, False)))
+
+
+def _divided(sequence, first_row, first_key, last_key, split, units_of_split, n_kv_heads, n_units):
+    """Work items of tiles, longest first. A tile is split where done serially it would take longer than a block's
+    share of the launch, as long as there are units for its partials."""
+    n_keys, first_split = last_key - first_key + 1, first_key // split
+    n_splits = last_key // split - first_split + 1
+    order = np.argsort(-n_keys, kind="stable")
+    is_long = (n_splits > 1) & (n_keys * N_BLOCKS > n_keys.sum() * n_kv_heads)
+    units = np.where(is_long, n_splits * units_of_split, 0)[order]
+    until = np.cumsum(units)
+    units = np.where(until <= n_units, units, 0)
+    n_items = np.where(units > 0, n_splits[order], 1)
+    tile, k = np.repeat(order, n_items), np.arange(n_items.sum()) - np.repeat(np.cumsum(n_items) - n_items, n_items)
+    is_split = np.repeat(units > 0, n_items)
+    first_unit = np.repeat(until - units, n_items)
+    items = np.stack([sequence[tile], first_row[tile], np.where(is_split, first_split[tile] + k, -1),
+                      np.where(is_split, first_unit, 0)], axis=1)
+    length = np.where(is_split, np.minimum(n_keys[tile], split), n_keys[tile])
+    return items[np.argsort(-length, kind="stable")].astype(np.int32)
+
+
+def work_capacity(max_seqs, n_kv_heads, head_dim):
+    """Items that the decode list of a step of up to max_seqs sequences of one tile each can have."""
+    return max_seqs + max_units(n_kv_heads, head_dim)
+
+
+@dataclass
+class PagedInputs:
+    """How attention finds the keys of a ragged batch in one pool; arrays on the lane, all int32.
+
+    slots           [n_tokens] page * page_size + offset, where each new token's k and v go; -1 for nowhere
+    page_table      [n_entries]; position p of sequence s is in page page_table[page_begin[s] + p // page_size]
+    page_begin      [n_seqs], below zero where leading pages are gone
+    context_lens    [n_seqs] positions in the cache once the new tokens are written
+    cu_seqlens      [n_seqs + 1] queries of sequence s are cu_seqlens[s]..[s + 1], the last at context_lens[s] - 1
+    last_visible    [n_tokens] or None: the last position that each query sees, not before itself
+    decode_work, prefill_work      [at least n, 4], items of a WorkPlan
+    n_decode_work, n_prefill_work  [1], how many of them count
+    n_decode_blocks, n_prefill_blocks  blocks to launch, known to the host; 0 launches nothing
+    """
+
+    slots: object
+    page_table: object
+    page_begin: object
+    context_lens: object
+    cu_seqlens: object
+    last_visible: object
+    page_size: int
+    decode_work: object
+    n_decode_work: object
+    n_decode_blocks: int
+    prefill_work: object
+    n_prefill_work: object
+    n_prefill_blocks: int
+
+    @classmethod
+    def of(cls, rows, page_lists, page_size, *, n_heads, n_kv_heads, head_dim, put, window=None, chunk=None,
+           last_visible=None):
+        """From rows as plan() takes them and one PageList a sequence; put(array) brings a host array to the lane."""
+        table, page_begin, slots = [], [], []
+        for held, (begin, end, context) in zip(page_lists, rows, strict=True):
+            page_begin.append(len(table) - held.first)
+            table += held.pages
+            slots += [table[page_begin[-1] + at // page_size] * page_size + at % page_size
+                      for at in range(context - (end - begin), context)]
+        work = plan(rows, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, window=window, chunk=chunk,
+                    last_visible=last_visible)
+
+        def lane_array(values):
+            return put(np.array(values, np.int32))
+
+        return cls(lane_array(slots), lane_array(table), lane_array(page_begin), lane_array([c for _, _, c in rows]),
+                   lane_array([0, *(end for _, end, _ in rows)]),
+                   None if last_visible is None else lane_array(last_visible), page_size,
+                   put(work.decode), lane_array([len(work.decode)]), blocks(len(work.decode), n_kv_heads),
+                   put(work.prefill), lane_array([len(work.prefill)]), blocks(len(work.prefill), n_kv_heads))
+
+
+def blocks(n_work, n_kv_heads):
+    """Blocks to launch for n_work items of each KV head: enough, or as many as the machine holds."""
+    return min(n_work * n_kv_heads, N_BLOCKS)

@@ -1,0 +1,363 @@
+"""Paged attention against dense attention in float64, bit for bit against itself, and its plan of who does what."""
+
+import re
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import pytest
+
+from engine.errors import ShapeError
+from engine.kernels import paged as planning
+from engine.kernels.attention import attention
+from engine.kernels.paged import PagedInputs, geometry, plan, scratch_size, split_keys, work_capacity
+from engine.kernels.source import folder
+from engine.kv_cache import PageList
+from engine.workspace import Scratch
+from tests.kernels.closeness import BF16, assert_as_good, bf16, f64
+
+HEAD_DIMS = [4, 12, 64, 72, 80, 128, 256, 512]
+
+
+@pytest.fixture
+def lane(lane, monkeypatch):
+    """A small machine: blocks have several items each, and who overruns the scratch is soon found out."""
+    monkeypatch.setattr(planning, "N_BLOCKS", 24)
+    monkeypatch.setattr(planning, "PARTIAL_FLOATS", 2**20)
+    return lane
+
+
+@dataclass
+class Case:
+    """A ragged batch over a cache in which whatever nobody may read is NaN.
+
+    rows  [(first query, end, context)] of each sequence
+    see   {"window": .., "chunk": .., "softcap": .., "last_visible": ..}
+    """
+
+    q: np.ndarray
+    k: np.ndarray                   # [n_pages, page_size, n_kv_heads, head_dim]
+    v: np.ndarray
+    lists: list
+    rows: list
+    see: dict
+
+    @classmethod
+    def make(cls, sequences, head_dim, n_kv_heads=1, group=1, page_size=16, **see):
+        """Random q, K and V for sequences of (n_new, context)."""
+        rng = np.random.default_rng([head_dim, n_kv_heads, group, page_size, *(n for pair in sequences for n in pair)])
+        rows = rows_of(sequences)
+        starts = [interval(context - n, see)[0] for n, context in sequences]
+        counts = [-(-context // page_size) - start // page_size
+                  for (_, context), start in zip(sequences, starts, strict=True)]
+        pages = rng.permutation(sum(counts) + 3).tolist()           # three that nobody holds
+        lists = [PageList([pages.pop() for _ in range(n)], start // page_size)
+                 for n, start in zip(counts, starts, strict=True)]
+        k, v = np.full((2, sum(counts) + 3, page_size, n_kv_heads, head_dim), np.nan)
+        for held, start, (_, context) in zip(lists, starts, sequences, strict=True):
+            for at in range(start, context):
+                page = held.pages[at // page_size - held.first]
+                k[page, at % page_size], v[page, at % page_size] = rng.standard_normal((2, n_kv_heads, head_dim))
+        q = 2 * rng.standard_normal((rows[-1][1], n_kv_heads * group * head_dim))
+        return cls(bf16(q), bf16(k), bf16(v), lists, rows, see)
+
+    @property
+    def dims(self):
+        n_kv_heads, head_dim = self.k.shape[2:]
+        return {"n_heads": self.q.shape[1] // head_dim, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+
+    @property
+    def scale(self):
+        return self.k.shape[3] ** -0.5
+
+    def inputs(self, put):
+        see = {name: self.see.get(name) for name in ("window", "chunk", "last_visible")}
+        return PagedInputs.of(self.rows, self.lists, self.k.shape[1], **self.dims, put=put, **see)
+
+    def only(self, sequence, first, end):
+        """New tokens first..end of one sequence, computed when the cache held no more than they see."""
+        begin, stop, context = self.rows[sequence]
+        tokens = slice(begin + first, begin + end)
+        see = dict(self.see)
+        if see.get("last_visible") is not None:
+            see["last_visible"] = see["last_visible"][tokens]
+            context = max(context - (stop - begin) + end, int(see["last_visible"].max()) + 1)
+        else:
+            context -= stop - begin - end
+        n_unseen = context - (self.rows[sequence][2] - (stop - begin) + end)       # of an image block cut in two
+        q = np.concatenate([self.q[tokens], np.zeros((n_unseen, self.q.shape[1]), BF16)])
+        if n_unseen:
+            see["last_visible"] = np.concatenate([see["last_visible"], np.arange(context - n_unseen, context)])
+        return replace(self, q=q, lists=[self.lists[sequence]], rows=[(0, len(q), context)], see=see)
+
+    def key(self, sequence, positions):
+        held, size = self.lists[sequence], self.k.shape[1]
+        pages = np.array(held.pages)[positions // size - held.first]
+        return self.k[pages, positions % size], self.v[pages, positions % size]
+
+
+def rows_of(sequences):
+    """[(first query, end, context)] of sequences of (n_new, context)."""
+    ends = np.cumsum([n for n, _ in sequences]).tolist()
+    return [(end - n, end, context) for end, (n, context) in zip(ends, sequences, strict=True)]
+
+
+def interval(position, see, token=None):
+    """The first and last position that a query sees."""
+    window, chunk = see.get("window") or 10**9, see.get("chunk") or 10**9
+    first = max(0, position - window + 1, position // chunk * chunk)
+    return first, position if token is None or see.get("last_visible") is None else int(see["last_visible"][token])
+
+
+def dense(case, dtype):
+    """Attention row by row: in float64, or plainly in bfloat16 (float32 sums, probabilities and result rounded)."""
+    n_heads, n_kv_heads, head_dim = case.dims.values()
+    out = np.zeros((len(case.q), n_heads, head_dim), dtype)
+    for s, (begin, end, context) in enumerate(case.rows):
+        for t in range(begin, end):
+            first, last = interval(context - (end - t), case.see, t)
+            k, v = (x.astype(dtype).transpose(1, 0, 2) for x in case.key(s, np.arange(first, last + 1)))
+            q = case.q[t].astype(dtype).reshape(n_kv_heads, -1, head_dim)
+            scores = q @ k.transpose(0, 2, 1) * dtype(case.scale)
+            if case.see.get("softcap"):
+                scores = dtype(case.see["softcap"]) * np.tanh(scores / dtype(case.see["softcap"]))
+            weights = np.exp(scores - scores.max(-1, keepdims=True))
+            weights /= weights.sum(-1, keepdims=True)
+            if dtype == np.float32:
+                weights = bf16(weights).astype(dtype)
+            out[t] = (weights @ v).reshape(n_heads, head_dim)
+    return out.reshape(case.q.shape) if dtype == np.float64 else bf16(out.reshape(case.q.shape))
+
+
+def attend(lane, case, inputs=None):
+    """The kernel's answer; its counters are zero afterwards."""
+    inputs = inputs or case.inputs(lane.put)
+    see = {name: case.see.get(name) for name in ("window", "chunk", "softcap")}
+    n_floats, n_counters = scratch_size(*list(case.dims.values())[1:], 4096, see["window"], see["chunk"])
+    scratch = Scratch(lane.empty((n_floats,), np.float32), lane.zeros((n_counters,), np.int32))
+    out = lane.empty(case.q.shape, BF16)
+    attention(lane.put(case.q), lane.put(case.k), lane.put(case.v), inputs, scale=case.scale, out=out, scratch=scratch,
+              **see)
+    assert not lane.to_host(scratch.counters).any()
+    return lane.to_host(out)
+
+
+def check(lane, case):
+    answers = attend(lane, case), dense(case, np.float64), dense(case, np.float32)
+    assert_as_good(*(x.reshape(-1, case.dims["head_dim"]) for x in answers))
+
+
+def same_bits(a, b):
+    return a.shape == b.shape and np.array_equal(a.view(np.uint16), b.view(np.uint16))
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_a_ragged_batch_is_as_good_as_plain_math(lane, head_dim):
+    check(lane, Case.make([(1, 1), (1, 70), (9, 9), (5, 300), (1, 150)], head_dim, n_kv_heads=2, group=4))
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 5, 8, 16])
+def test_groups_of_heads(lane, group):
+    check(lane, Case.make([(1, 40), (7, 90)], 64, n_kv_heads=2, group=group))
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 16, 64])
+def test_page_sizes_with_leading_pages_gone(lane, page_size):
+    check(lane, Case.make([(1, 130), (6, 200), (3, 3)], 72, n_kv_heads=2, page_size=page_size, window=50))
+
+
+@pytest.mark.parametrize("head_dim", [64, 512])
+def test_contexts_around_tiles_and_splits(lane, head_dim):
+    check(lane, Case.make([(1, n + d) for n, d in product((32, 64, 256, 512), (-1, 0, 1))], head_dim, group=2))
+
+
+@pytest.mark.parametrize("n_new", [1, 40])
+def test_contexts_around_the_window(lane, n_new):
+    check(lane, Case.make([(n_new, n + d) for n, d in product((64, 128, 192), (-1, 0, 1))], 64, group=2, window=64))
+
+
+@pytest.mark.parametrize("n_new", [1, 40])
+def test_contexts_around_chunks(lane, n_new):
+    check(lane, Case.make([(n_new, n + d) for n, d in product((100, 200, 300), (-1, 0, 1))], 64, group=2, chunk=100))
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_an_image_block_is_seen_whole_whatever_the_window(lane, window):
+    last = np.r_[np.arange(60, 70), [99] * 30, np.arange(100, 110)]
+    check(lane, Case.make([(50, 110)], 64, group=2, window=window, last_visible=last))
+
+
+def test_softcap(lane):
+    check(lane, Case.make([(1, 200), (6, 90)], 64, group=2, softcap=3.0))
+
+
+def test_large_scores_neither_overflow_nor_vanish(lane):
+    case = Case.make([(1, 200), (6, 90)], 64, group=2)
+    case.q = bf16(f64(case.q) * 2000)
+    check(lane, case)
+
+
+SAME = [{"head_dim": 64, "group": 2}, {"head_dim": 12, "group": 3, "window": 200},
+        {"head_dim": 128, "group": 5, "chunk": 150}, {"head_dim": 256, "group": 4, "window": 40},
+        {"head_dim": 512, "group": 8}]
+
+
+@pytest.mark.parametrize("dims", SAME, ids=str)
+def test_same_bits_alone_and_in_a_batch_of_any_order(lane, dims):
+    sequences = [(40, 300), (1, 290), (3, 3), (1, 513)]
+    case = Case.make(sequences, **dims)
+    whole = attend(lane, case)
+    for s, (begin, end, _) in enumerate(case.rows):
+        assert same_bits(attend(lane, case.only(s, 0, end - begin)), whole[begin:end])
+    backwards = replace(case, q=np.concatenate([case.q[a:b] for a, b, _ in case.rows[::-1]]), lists=case.lists[::-1],
+                        rows=rows_of(sequences[::-1]))
+    assert same_bits(attend(lane, backwards), np.concatenate([whole[a:b] for a, b, _ in case.rows[::-1]]))
+
+
+@pytest.mark.parametrize("dims", SAME, ids=str)
+def test_same_bits_in_chunks_of_any_size(lane, dims):
+    case = Case.make([(150, 290)], **dims)
+    whole = attend(lane, case)
+    for first, end in ((0, 1), (1, 3), (3, 70), (70, 149), (149, 150)):
+        assert same_bits(attend(lane, case.only(0, first, end)), whole[first:end])
+
+
+def test_same_bits_in_chunks_with_image_blocks(lane):
+    last = np.r_[np.arange(60, 70), [99] * 30, np.arange(100, 110)]
+    case = Case.make([(50, 110)], 64, group=2, window=8, last_visible=last)
+    whole = attend(lane, case)
+    for first, end in ((0, 10), (10, 40), (12, 15), (40, 50)):
+        assert same_bits(attend(lane, case.only(0, first, end))[:end - first], whole[first:end])
+
+
+def items(case, n_tile_rows, is_split):
+    """A work list made by hand: tiles of so many rows, each split by as many blocks as it has splits, or not at all."""
+    n_heads, n_kv_heads, _ = case.dims.values()
+    group, work, units = n_heads // n_kv_heads, [], 0
+    split = split_keys(n_kv_heads, case.see.get("window"), case.see.get("chunk"))
+    for s, (begin, end, context) in enumerate(case.rows):
+        for row in range(0, (end - begin) * group, n_tile_rows):
+            tokens = row // group, (min(row + n_tile_rows, (end - begin) * group) - 1) // group
+            first, last = (interval(context - (end - begin) + t, case.see, begin + t) for t in tokens)
+            splits = range(first[0] // split, last[1] // split + 1) if is_split else (-1,)
+            work += [(s, row, k, units) for k in splits]
+            units += len(splits) * n_tile_rows // 16
+    return np.array(work[::-1], np.int32)
+
+
+@pytest.mark.parametrize("dims", SAME, ids=str)
+def test_same_bits_split_or_serial_in_small_or_large_tiles(lane, dims):
+    case = Case.make([(1, 600), (3, 300), (20, 280)], **dims)
+    whole = attend(lane, case)
+    n_kv_heads = case.dims["n_kv_heads"]
+    for is_decode, is_split in product((True, False), repeat=2):
+        work = items(case, geometry(dims["head_dim"], is_decode).rows, is_split)
+        given = {"work": lane.put(work), "blocks": planning.blocks(len(work), n_kv_heads), "none": lane.put(work[:0])}
+        names = ("decode", "prefill") if is_decode else ("prefill", "decode")
+        inputs = replace(case.inputs(lane.put), **{
+            f"{names[0]}_work": given["work"], f"n_{names[0]}_work": lane.put(np.array([len(work)], np.int32)),
+            f"n_{names[0]}_blocks": given["blocks"], f"{names[1]}_work": given["none"], f"n_{names[1]}_blocks": 0})
+        assert same_bits(attend(lane, case, inputs), whole), (is_decode, is_split)
+
+
+def test_a_grid_of_any_size_does_a_list_of_any_length(lane):
+    """A captured launch: room for more work than there is, more and fewer blocks than items, and no work at all."""
+    case = Case.make([(1, 600), (1, 30), (1, 300)], 64, group=2)
+    whole = attend(lane, case)
+    inputs = case.inputs(lane.put)
+    work = np.concatenate([lane.to_host(inputs.decode_work), np.full((50, 4), 2**30, np.int32)])
+    for n_blocks in (1, 2, 40):
+        padded = replace(inputs, decode_work=lane.put(work), n_decode_blocks=n_blocks)
+        assert same_bits(attend(lane, case, padded), whole)
+    nothing = attend(lane, case, replace(inputs, n_decode_work=lane.zeros((1,), np.int32)))
+    assert (nothing.view(np.uint16) == 0xFFFF).all()                # as lane.empty() left it
+
+
+def test_no_new_tokens_launch_nothing(lane):
+    case = Case.make([(1, 5)], 64)
+    empty = replace(case, q=case.q[:0], lists=[], rows=[])
+    assert attend(lane, empty).shape == (0, 64)
+    assert not len(plan([], **case.dims).decode) and not len(plan([(0, 0, 7)], **case.dims).prefill)
+
+
+def test_what_does_not_fit_is_refused(lane):
+    case = Case.make([(1, 5)], 64, n_kv_heads=2)
+    for wrong in ({"q": case.q[:, :64]}, {"q": case.q.astype(np.float32)}, {"q": np.tile(case.q, (1, 17))},
+                  {"v": case.v[..., :60].copy()}, {"v": np.asfortranarray(case.v)},
+                  {"k": case.k[:, :8], "v": case.v[:, :8]},
+                  {"k": case.k[..., :62], "v": case.v[..., :62], "q": case.q[:, :124]}):
+        broken = replace(case, **wrong)
+        with pytest.raises(ShapeError):
+            attention(broken.q, broken.k, broken.v, case.inputs(np.array), scale=1.0, out=np.empty_like(broken.q),
+                      scratch=Scratch(np.empty(1, np.float32), np.zeros(1, np.int32)))
+
+
+@pytest.mark.parametrize("head_dim", range(4, 513, 4))
+def test_every_tile_fits_any_gpu(head_dim):
+    small, large = geometry(head_dim, True), geometry(head_dim, False)
+    assert small.keys == large.keys and small.head_dim == large.head_dim >= head_dim
+    assert max(small.smem_bytes, large.smem_bytes) <= 163 * 1024
+    assert small.n_threads >= small.keys and large.n_threads >= large.keys
+
+
+@pytest.mark.parametrize("see", [{}, {"window": 100}, {"chunk": 300}], ids=str)
+@pytest.mark.parametrize("n_heads, n_kv_heads", [(1, 1), (8, 2), (40, 8), (64, 4)])
+def test_the_plan_gives_each_row_and_split_to_one_block(n_heads, n_kv_heads, see):
+    rng = np.random.default_rng(n_heads)
+    group, split = n_heads // n_kv_heads, split_keys(n_kv_heads, **see)
+    for n_seqs, longest in ((1, 5000), (9, 9000), (300, 300)):
+        news = np.where(rng.random(n_seqs) < 0.5, 1, rng.integers(0, 200, n_seqs)).tolist()
+        rows = rows_of([(n, n + int(rng.integers(1, longest))) for n in news])
+        lists = plan(rows, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=128, **see)
+        assert len(lists.decode) <= work_capacity(n_seqs, n_kv_heads, 128)
+        for work, is_decode in zip(lists, (True, False), strict=True):
+            shape, splits, units = geometry(128, is_decode), {}, {}
+            for s, first_row, k, unit in work.tolist():
+                splits.setdefault((s, first_row), []).append(k)
+                units.setdefault((s, first_row), set()).add(unit)
+            assert set(splits) == {(s, row) for s, (a, b, _) in enumerate(rows) if ((b - a) * group <= 16) == is_decode
+                                   for row in range(0, (b - a) * group, shape.rows)}
+            used = []
+            for (s, row), of_tile in splits.items():
+                begin, end, context = rows[s]
+                last_row = min(row + shape.rows, (end - begin) * group) - 1
+                first, last = (context - (end - begin) + r // group for r in (row, last_row))
+                every = list(range(interval(first, see)[0] // split, last // split + 1))
+                assert of_tile == [-1] or sorted(of_tile) == every
+                unit, = units[s, row]
+                used += range(unit, unit + (0 if of_tile == [-1] else len(every) * shape.warps_m))
+            assert len(used) == len(set(used))                      # no two partials in one place
+            assert max(used, default=-1) < scratch_size(n_kv_heads, 128, 9200, **see)[1] // n_kv_heads
+
+
+def test_one_long_sequence_fills_the_machine_and_many_do_not_split():
+    dims = {"n_heads": 32, "n_kv_heads": 4, "head_dim": 512}
+    assert len(plan([(0, 1, 32768)], **dims).decode) == 32          # 128 blocks with 4 KV heads
+    many = plan([(i, i + 1, 8000) for i in range(128)], **dims).decode
+    assert len(many) == 128 and (many[:, 2] == -1).all()
+
+
+@pytest.mark.parametrize("head_dim, n_kv_heads, group, window",
+                         [(128, 2, 2, None), (256, 2, 2, 512), (512, 2, 8, None)])
+def test_decode_reads_keys_and_values_once(lane, head_dim, n_kv_heads, group, window):
+    case = Case.make([(1, 600), (1, 1100)], head_dim, n_kv_heads, group, window=window)
+    inputs = case.inputs(lane.put)
+    work = lane.to_host(inputs.decode_work)
+    attend(lane, case, inputs)
+    traffic = lane.traffic()
+    seen = [interval(context - 1, case.see) for _, _, context in case.rows]
+    n_split = int((work[:, 2] >= 0).sum())
+    n_tables = sum(last // 16 - first // 16 + 1 for first, last in seen)
+    n_counters = len({unit for _, _, k, unit in work.tolist() if k >= 0}) * n_kv_heads
+    least = eval(declared_traffic(), {
+        "n_keys": sum(last - first + 1 for first, last in seen), "n_kv_heads": n_kv_heads, "head_dim": head_dim,
+        "n_tokens": 2, "n_heads": n_kv_heads * group, "n_partial_rows": n_split * n_kv_heads * group,
+        "n_index_bytes": 4 * (1 + 3 * len(work) + n_split + 2 + 2 + 3 + n_tables + 2 * n_counters)})
+    assert n_split == len(work)
+    assert traffic.distinct_bytes == least
+    assert traffic.moved_bytes - traffic.small_reread_bytes <= 1.1 * least
+    assert traffic.bank_conflicts == 0
+
+
+def declared_traffic():
+    return re.search(r"^//   traffic  (.+)$", (folder() / "attention.cu").read_text(), re.MULTILINE)[1]
