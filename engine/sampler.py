@@ -58,13 +58,13 @@ class LogitEdits:
         if not entries:
             return NO_EDITS
         columns = zip(*entries, strict=True)
-        dtypes = (np.int32, np.int32, np.float32, bool, np.int32, bool)
         penalties = [(p.repetition_penalty, p.presence_penalty, p.frequency_penalty) for p, *_ in rows]
-        return cls(*(np.concatenate(column).astype(dtype) for column, dtype in zip(columns, dtypes, strict=True)),
-                   *np.array(penalties, np.float32).T)
+        return cls(*(np.concatenate(column).astype(dtype) for column, dtype in zip(columns, EDIT_DTYPES, strict=True)),
+                   *np.ascontiguousarray(np.array(penalties, np.float32).T))
 
 
-NO_EDITS = LogitEdits(*[np.empty(0)] * 9)            # of any number of rows
+EDIT_DTYPES = (np.int32, np.int32, np.float32, bool, np.int32, bool)
+NO_EDITS = LogitEdits(*(np.empty(0, dtype) for dtype in (*EDIT_DTYPES, *[np.float32] * 3)))     # of any number of rows
 
 
 def _has_edits(params, prompt, output, banned):
@@ -247,9 +247,9 @@ def top_logprobs(logits, chosen, n):
     chosen  [n_rows] int
     n       0 .. vocab
     Returns (chosen_logprob [n_rows] f32, top_ids [n_rows, n] i32, top_logprobs [n_rows, n] f32), likeliest first, the
-    lowest id first on ties. A row that holds NaN gets NaN.
+    lowest id first on ties, NaN last. A row whose maximum is NaN, inf or -inf gets NaN.
     """
-    n_rows, vocab = logits.shape
+    n_rows = len(logits)
     chosen_logprob = np.empty(n_rows, np.float32)
     ids, logprobs = np.empty((n_rows, n), np.int32), np.empty((n_rows, n), np.float32)
     for i, row in enumerate(logits):                 # one row at a time: a prompt's logits are large without copies
@@ -258,8 +258,13 @@ def top_logprobs(logits, chosen, n):
             shift = largest + np.log(np.exp(row - largest).sum())
             chosen_logprob[i] = row[chosen[i]] - shift
             if n:
-                # not <, rather than >=: NaN counts as a candidate, so there are always n
-                head = np.flatnonzero(~(row < np.partition(row, vocab - n)[vocab - n]))
-                ids[i] = head[np.argsort(-row[head], kind="stable")[:n]]
+                ids[i] = _largest(row, n)
                 logprobs[i] = row[ids[i]] - shift
     return chosen_logprob, ids, logprobs
+
+
+def _largest(row, n):
+    """Indices of the n largest, as a stable sort has them: the first of equals first, NaN last."""
+    descending = -row
+    head = np.flatnonzero(~(descending > np.partition(descending, n - 1)[n - 1]))
+    return head[np.argsort(descending[head], kind="stable")[:n]]
