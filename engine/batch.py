@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import numpy as np
 
+from engine.sampler import LogitEdits, SamplingBatch
+
 
 @dataclass
 class PagedBatch:
@@ -15,27 +17,29 @@ class PagedBatch:
     slots        [n_tokens] int32: page * page_size + offset, where each new token's k and v go
     rows         [(first new token, end, context length)]: the row's new tokens, and how many positions of it are in the
                  cache once they are written
+    last_visible [n_tokens] int32 or None: the last position each token may see, not before its own
+    last_visible [n_tokens] int32: the last position each new token sees, its own or a later one of the same step (image
+                 tokens see their whole image); None: no token sees later ones
     """
 
     lists: list
     slots: np.ndarray
     rows: list
     page_size: int
+    last_visible: np.ndarray | None = None
     _extents: dict = field(default_factory=dict)
 
     @cached_property
     def page_table(self):
-        """[n_seqs, most pages held] int32, -1 beyond a row's own pages: row i column j holds the positions from
-        (first_page[i] + j) * page_size on."""
-        table = np.full((len(self.lists), max(len(held.pages) for held in self.lists)), -1, np.int32)
-        for row, held in zip(table, self.lists, strict=True):
-            row[:len(held.pages)] = held.pages
-        return table
+        """[n_entries] int32: the pages of every row, one row after the other."""
+        return np.array([page for held in self.lists for page in held.pages], np.int32)
 
     @cached_property
-    def first_page(self):
-        """[n_seqs] int32: the logical page of column 0."""
-        return np.array([held.first for held in self.lists], np.int32)
+    def page_begin(self):
+        """[n_seqs] int32: position p of row i is in page_table[page_begin[i] + p // page_size]. May be negative: pages
+        that the window has passed have no entry."""
+        ends = np.cumsum([0, *(len(held.pages) for held in self.lists[:-1])])
+        return (ends - [held.first for held in self.lists]).astype(np.int32)
 
     @cached_property
     def cu_seqlens(self):
@@ -49,7 +53,9 @@ class PagedBatch:
 
     def keep(self, rows):
         """The same sequences with other queries: the last so many new tokens of each."""
-        return replace(self, rows=rows)
+        last_visible = None if self.last_visible is None else np.concatenate(
+            [self.last_visible[end - (b - a):end] for (_, end, _), (a, b, _) in zip(self.rows, rows, strict=True)])
+        return replace(self, rows=rows, last_visible=last_visible)
 
     def runs(self, i, begin, end):
         """Positions begin..end of row i as [(first slot, n)], one entry for each run of neighbouring pages."""
@@ -78,14 +84,23 @@ class Batch:
     pools                 one PagedBatch per KV pool
     kept                  [n_kept] int32: the rows whose final states somebody wants, or None for all. A prompt's other
                           rows are there for their k and v, so the last layer stops once those are in the cache
-    kept_rows             rows of the PagedBatches, over the kept tokens: the last so many new tokens of each sequence
+    spans                 [(sequence, first kept row, end, context length)]: whose the kept rows are, the last so many
+                          new tokens of each sequence
+    to_take, to_sample    [(sequence, kept row)]: where the logits of a prompt position, or a next token, are wanted
+    take_next             [n_take] int32: the token after each position of to_take, or 0
+    edits, sampling       LogitEdits and SamplingBatch of the rows of to_sample
     """
 
     token_ids: np.ndarray
     positions: np.ndarray
     pools: tuple
     kept: np.ndarray | None
-    kept_rows: list
+    spans: list
+    to_take: list
+    take_next: np.ndarray
+    to_sample: list
+    edits: LogitEdits
+    sampling: SamplingBatch
 
     @classmethod
     def build(cls, work, kv_cache):
@@ -93,14 +108,14 @@ class Batch:
         steps are a few tokens."""
         size = kv_cache.page_size
         keep_all = any(sequence.task.hidden is not None for sequence, _ in work)
-        token_ids, positions, rows, kept, kept_rows = [], [], [], [], []
+        token_ids, positions, rows, kept, spans = [], [], [], [], []
         for sequence, n in work:
             begin, end = sequence.n_cached, sequence.n_cached + n
             rows.append((len(token_ids), len(token_ids) + n, end))
             token_ids += sequence.tokens[begin:end]
             positions += range(begin, end)
             n_kept = n if keep_all else min(n, max(0, end - sequence.next_logit))
-            kept_rows.append((len(kept), len(kept) + n_kept, end))
+            spans.append((sequence, len(kept), len(kept) + n_kept, end))
             kept += range(len(token_ids) - n_kept, len(token_ids))
         pools = []
         for p in range(len(kv_cache.specs)):
@@ -108,9 +123,45 @@ class Batch:
             slots = [held.pages[at // size - held.first] * size + at % size
                      for held, (first, last, _) in zip(lists, rows, strict=True) for at in positions[first:last]]
             pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size))
+        to_take, following, to_sample = [], [], []
+        for sequence, _, end, context in spans:                 # the state of position p is row end - (context - p)
+            samples = sequence.task.samples and context == len(sequence.tokens)
+            if samples:
+                to_sample.append((sequence, end - 1))
+            wanted = range(sequence.next_logit, context - samples)
+            to_take += ((sequence, end - (context - p)) for p in wanted)
+            following += (sequence.tokens[p + 1] if p + 1 < len(sequence.tokens) else 0 for p in wanted)
+        tasks = [sequence.task for sequence, _ in to_sample]
         return cls(np.array(token_ids, np.int32), np.array(positions, np.int32), tuple(pools),
-                   None if len(kept) == len(token_ids) else np.array(kept, np.int32), kept_rows)
+                   None if len(kept) == len(token_ids) else np.array(kept, np.int32), spans, to_take,
+                   np.array(following, np.int32), to_sample, LogitEdits.build(task.edits() for task in tasks),
+                   SamplingBatch.build(task.rule() for task in tasks))
 
     @property
     def n_tokens(self):
         return len(self.token_ids)
+
+    @property
+    def kept_rows(self):
+        """The rows of `pools`, over the kept tokens."""
+        return [(begin, end, context) for _, begin, end, context in self.spans]
+
+    def kept_pool(self, p):
+        """Pool p with the kept tokens as its queries."""
+        return self.pools[p].keep(self.kept_rows)
+
+    @cached_property
+    def take_rows(self):
+        """[n_take] int32: the kept rows of to_take."""
+        return np.array([row for _, row in self.to_take], np.int32)
+
+    @cached_property
+    def sample_rows(self):
+        """[n_sample] int32: the kept rows of to_sample."""
+        return np.array([row for _, row in self.to_sample], np.int32)
+
+    @property
+    def is_decode(self):
+        """Whether every row is one new token whose successor is to be sampled, and nothing else is wanted."""
+        return len(self.to_sample) == self.n_tokens and not self.to_take and all(
+            sequence.task.hidden is None for sequence, _ in self.to_sample)

@@ -2,13 +2,17 @@
 
 from itertools import groupby
 
+LANES = {"cpu": "ops from engine/reference.py, matrix products by NumPy's BLAS",
+         "emulated": "the kernels of cuda/*.cu, compiled by g++",
+         "cuda": "the kernels of cuda/*.cu, compiled by NVRTC"}
+
 
 def explain(llm):
     """Lane, layers with the op each uses, pools with their ledgers, settings without effect, tensors left unread."""
     spec, config = llm.spec, llm.config
     lines = [f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}",
-             f"lane {llm.lane.name}, {llm.lane.dtype}: ops from engine/reference.py, matrix products by NumPy's BLAS"
-             + ("" if config.device != "auto" else " (device='auto': the cuda lane is not built yet)")]
+             f"lane {llm.lane.name}, {llm.lane.dtype}: " + LANES[llm.lane.name]
+             + (" (device='auto': no GPU was found)" if config.device == "auto" and llm.lane.name == "cpu" else "")]
     at = 0
     for layer, group in groupby(spec.layers):
         n = len(list(group))
@@ -22,7 +26,11 @@ def explain(llm):
         lines.append(f"  pool {pool.kind}: {pages.n_pages} pages of {pool.page_size} tokens, {pages.n_free} free")
     lines.append("head: " + ("its own matrix" if llm.weights.head is not llm.weights.embed else
                  "tied to the embedding" + ("" if spec.tied else ": the file has none of its own")))
-    if config.gemm != "own" or config.graphs is True:
+    if llm.lane.stages:
+        lines += llm.lane.ops.explain(spec, config.max_batch_tokens)
+    if llm.lane.has_graphs:
+        lines.append(str(llm.graphs) + (" (cuBLAS cannot be captured)" if config.gemm == "cublas" else ""))
+    elif config.gemm != "own" or config.graphs is True:
         lines.append("gemm and graphs: choices of the cuda lane, no effect here")
     lines.append(f"prefix caching: {'asked for, not built yet: no effect' if config.prefix_caching else 'off'}")
     lines.append("draft: none")

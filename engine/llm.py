@@ -5,11 +5,12 @@ from dataclasses import fields
 from pathlib import Path
 
 from engine import prompts as prompt_input
-from engine.backend import lane_of, open_lane
+from engine.backend import lane_of, open_lane, ops_of
 from engine.checks import is_int, is_number
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
 from engine.explain import explain
+from engine.graph import GraphCache
 from engine.kv_cache import KVCache
 from engine.layer_scheduler import LayerScheduler
 from engine.loop import Loop
@@ -20,6 +21,8 @@ from engine.random import request_seed
 from engine.sampler import MAX_VOCAB
 from engine.sampling_params import SamplingParams
 from engine.scheduler import Scheduler
+from engine.step import Step
+from engine.step_inputs import Stager
 from engine.tasks import Generation, Probe
 from engine.weights import checked_account, load
 from engine.workspace import Workspace
@@ -56,7 +59,7 @@ class LLM:
                  graphs="auto", gemm="own", draft_sampling="argmax", relaxed_acceptance=None, seed=0, progress=True):
         arguments = dict(locals())
         self.config = EngineConfig(**{field.name: arguments[field.name] for field in fields(EngineConfig)})
-        self.lane = open_lane(device, dtype)
+        self.lane = open_lane(device, dtype, gemm)
         self.path = Path(resolve(model, progress=progress))
         self.spec = describe(Config.load(self.path))
         self.tokenizer = Tokenizer.load(self.path)
@@ -67,21 +70,32 @@ class LLM:
         eos_ids = self.generation.eos_token_ids or self.spec.eos_ids
         self.eos_ids = tuple(i for i in eos_ids if i < self.spec.vocab)     # a shrunk vocabulary cannot emit the others
         self.default_params = _default_params(self.generation.sampling)
-        with Checkpoint.open(self.path) as checkpoint:
-            accounts = checked_account(self.spec, checkpoint.tensors)       # before anything large is allocated
-            self._plan = plan_memory(self.spec, self.config, self.lane.dtype.itemsize)
-            n_bytes = sum(checkpoint.tensors[name].n_bytes for name in accounts.names.values())
-            with self._bar(n_bytes, "loading", unit="B", unit_scale=True) as bar:
-                self.weights = load(self.spec, checkpoint, accounts, self.lane, bar.update)
-        self.kv_cache = KVCache([pool.spec for pool in self._plan.pools], [pool.n_pages for pool in self._plan.pools],
-                                self.config.page_size, self.lane)
-        workspace = Workspace(self.spec, self.config.max_batch_tokens, self.config.max_seqs, self.lane)
-        layers = LayerScheduler(self.spec, self.weights, self.kv_cache, workspace, self.lane)
+        with self.lane.running():
+            runner = self._open_model()
         self.scheduler = Scheduler(self.kv_cache, self.config.max_seqs, self.config.max_batch_tokens)
-        self._loop = Loop(layers, self.scheduler, self.kv_cache, workspace)
+        self._loop = Loop(runner, self.scheduler, self.kv_cache)
         self._n_requests = 0
         self._counts = dict.fromkeys(("requests", "finished", "errors", "aborted", "prompt_tokens",
                                       "generated_tokens"), 0)
+
+    def _open_model(self):
+        """Plans the memory, loads the weights, takes the KV cache and the workspace; returns the Step that runs them."""
+        spec, config, lane = self.spec, self.config, self.lane
+        if lane.stages:
+            lane.ops.check(spec)
+        with Checkpoint.open(self.path) as checkpoint:
+            accounts = checked_account(spec, checkpoint.tensors)            # before anything large is allocated
+            self._plan = plan_memory(spec, config, lane.ops, lane.dtype.itemsize, lane.memory_bytes())
+            n_bytes = sum(checkpoint.tensors[name].n_bytes for name in accounts.names.values())
+            with self._bar(n_bytes, "loading", unit="B", unit_scale=True) as bar:
+                self.weights = load(spec, checkpoint, accounts, lane, bar.update)
+        pools = self._plan.pools
+        self.kv_cache = KVCache([pool.spec for pool in pools], [pool.n_pages for pool in pools], config.page_size, lane)
+        workspace = Workspace(spec, config.max_batch_tokens, config.max_seqs, lane)
+        layers = LayerScheduler(spec, self.weights, self.kv_cache, workspace, lane)
+        stager = Stager(spec, self.kv_cache, self.max_seq_len, lane) if lane.stages else None
+        self.graphs = GraphCache(lane, workspace.max_logit_rows, lane.has_graphs and bool(config.graphs) and config.gemm == "own")
+        return Step(layers, workspace, lane, stager, self.graphs)
 
     @property
     def max_seq_len(self):
@@ -294,4 +308,4 @@ def plan(model, memory_bytes=None, **arguments):
     kind, dtype = lane_of(config.device, config.dtype)
     if kind == "cuda" and memory_bytes is None:
         raise ConfigError(f"plan for device {config.device!r} needs memory_bytes, the memory of the GPU planned for")
-    return plan_memory(spec, config, dtype.itemsize, memory_bytes)
+    return plan_memory(spec, config, ops_of(kind, config.gemm), dtype.itemsize, memory_bytes)

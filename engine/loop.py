@@ -1,10 +1,8 @@
 """The loop of an engine: schedule → run → sample → append, one step at a time."""
 
-from itertools import groupby
 from threading import RLock
 
 from engine.batch import Batch
-from engine.sampler import LogitEdits, SamplingBatch, apply_edits, sample
 from engine.sequence import Sequence
 
 
@@ -14,8 +12,8 @@ class Loop:
     Threads may submit and step at once: one at a time gets in, and whoever does computes for all.
     """
 
-    def __init__(self, layers, scheduler, kv_cache, workspace):
-        self.layers, self.scheduler, self.kv_cache, self.workspace = layers, scheduler, kv_cache, workspace
+    def __init__(self, runner, scheduler, kv_cache):
+        self.runner, self.scheduler, self.kv_cache = runner, scheduler, kv_cache
         self._n_submitted = 0
         self._lock = RLock()
 
@@ -46,56 +44,13 @@ class Loop:
                             self.scheduler.remove(sequence)
             except BaseException:               # an op failed, or Ctrl-C came anywhere: no page is where we think it is
                 self.scheduler.restart()
+                self.runner.restart()
                 raise
 
     def _compute(self, work):
         """Runs the model over `work` and gives every task its states, logits and next token."""
         batch = Batch.build(work, self.kv_cache)
-        spans = [(sequence, *kept) for (sequence, _), kept in zip(work, batch.kept_rows, strict=True)]
-        probes = [span for span in spans if span[0].task.hidden is not None]
-        states = self.layers.run(batch, _observer(probes) if any(s.task.all_layers for s, *_ in probes) else None)
-        for sequence, begin, end, context in probes:
-            if not sequence.task.all_layers:
-                sequence.task.hidden[sequence.n_cached:context] = states[begin:end]
-        to_take, to_sample = [], []
-        for sequence, _, end, context in spans:                 # the state of position p is row end - (context - p)
-            samples = sequence.task.samples and context == len(sequence.tokens)
-            if samples:
-                to_sample.append((sequence, end - 1))
-            to_take += ((sequence, end - (context - p)) for p in range(sequence.next_logit, context - samples))
-        most = self.workspace.max_logit_rows
-        for at in range(0, len(to_take), most):
-            self._take(to_take[at:at + most], states)
-        for at in range(0, len(to_sample), most):
-            self._sample(to_sample[at:at + most], states)
-
-    def _take(self, rows, states):
-        """Hands the logits of (sequence, row of states) pairs to the tasks that asked for them."""
-        logits = self.layers.logits(states[[row for _, row in rows]])
-        at = 0
-        for sequence, group in groupby(rows, key=lambda pair: pair[0]):
-            n = len(list(group))
-            sequence.task.take(sequence.next_logit, logits[at:at + n])
-            sequence.next_logit += n
-            at += n
-
-    def _sample(self, rows, states):
-        """Picks and appends the next token of each (sequence, row of states)."""
-        tasks = [sequence.task for sequence, _ in rows]
-        logits = self.layers.logits(states[[row for _, row in rows]])
-        raw = logits.copy() if any(task.params.n_logprobs for task in tasks) else logits
-        apply_edits(logits, LogitEdits.build(task.edits() for task in tasks))
-        chosen = sample(logits, SamplingBatch.build(task.rule() for task in tasks)).tolist()
-        for i, ((sequence, _), token) in enumerate(zip(rows, chosen, strict=True)):
+        for (sequence, _), (token, logprobs) in zip(batch.to_sample, self.runner.run(batch), strict=True):
             sequence.tokens.append(token)
             sequence.next_logit += 1
-            sequence.task.append(token, raw[i:i + 1])
-
-
-def _observer(probes):
-    """The callback that copies the residual stream into the probes which asked for every layer."""
-    def observe(j, residual):
-        for sequence, begin, end, context in probes:
-            if sequence.task.all_layers:
-                sequence.task.hidden[j, sequence.n_cached:context] = residual[begin:end]
-    return observe
+            sequence.task.append(token, logprobs)

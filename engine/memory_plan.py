@@ -2,7 +2,6 @@
 
 import os
 from dataclasses import dataclass
-from math import prod
 from pathlib import Path, PurePosixPath
 
 from engine.errors import ConfigError, MemoryPlanError
@@ -81,9 +80,10 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(spec, config, itemsize, memory_bytes=None):
+def plan_memory(spec, config, ops, itemsize, memory_bytes=None):
     """The MemoryPlan of a ModelSpec under an EngineConfig, with weights and KV of `itemsize` bytes.
 
+    ops           op table of the lane, which says how much scratch it wants
     memory_bytes  what there is to plan with, of which `memory_fraction` is used; None is this host's memory, of which
                   the KV cache takes at most a quarter by default
     Raises MemoryPlanError when weights, workspace and one sequence do not fit, ConfigError for an impossible length.
@@ -92,8 +92,8 @@ def plan_memory(spec, config, itemsize, memory_bytes=None):
     if limit > spec.max_positions:
         raise ConfigError(f"max_seq_len is {limit}, the model's max_position_embeddings is {spec.max_positions}")
     weights_bytes = n_weights(spec) * itemsize
-    shapes = Workspace.shapes(spec, config.max_batch_tokens, config.max_seqs)
-    workspace_bytes = itemsize * sum(map(prod, shapes.values()))
+    sizes = spec, config.max_batch_tokens, config.max_seqs
+    workspace_bytes = Workspace.n_bytes(*sizes, itemsize, ops.scratch_size(*sizes))
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
     left = memory - weights_bytes - workspace_bytes
     kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)

@@ -5,7 +5,6 @@ from time import perf_counter
 import numpy as np
 
 from engine.outputs import RequestMetrics, RequestOutput
-from engine.sampler import top_logprobs
 
 
 class Generation:
@@ -45,22 +44,24 @@ class Generation:
         """What SamplingBatch.build takes of a row: draws are keyed by the absolute index of the token they decide."""
         return self.params, self.seed, len(self.prompt_ids) + len(self.output.token_ids)
 
-    def take(self, position, logits):
-        """Logits of prompt positions position..position + n: log-probabilities of the prompt tokens that follow."""
-        following = self.prompt_ids[position + 1:position + 1 + len(logits)]
-        self.output.prompt_logprobs += _logprobs(logits, following, self.params.prompt_logprobs)
+    def take(self, tops):
+        """Takes, for the next prompt positions, (log-probability of the token that follows, the likeliest of them)."""
+        known = self.output.prompt_logprobs
+        for top in tops:
+            known.append(_logprobs(self.prompt_ids[len(known)], top, self.params.prompt_logprobs))
 
-    def append(self, token, logits):
+    def append(self, token, top):
         """Takes the next generated token and decides whether it is the last.
 
-        logits  [1, vocab] it was chosen from, before edits; read only where log-probabilities were asked for
+        top  (its log-probability, [(token id, log-probability)] of the likeliest) before edits; read only where
+             log-probabilities were asked for
         """
         output, params = self.output, self.params
         if not output.token_ids:
             output.metrics.first_token_s = perf_counter() - self._submitted
         output.token_ids.append(token)
         if params.n_logprobs:
-            output.logprobs += _logprobs(logits, [token], params.n_logprobs)
+            output.logprobs.append(_logprobs(token, top, params.n_logprobs))
         if token in self.stop_ids:
             self.finish("stop")
         elif self.detokenizer and self._add_text(self.detokenizer.add([token])):
@@ -121,8 +122,7 @@ class Probe:
         self.is_finished = position + len(logits) == self.n_tokens
 
 
-def _logprobs(logits, chosen, n):
-    """[{token id: log-probability}] of each row's chosen token and its n likeliest."""
-    own, top_ids, top = top_logprobs(logits, np.array(chosen, np.int64), n)
-    return [{token: p, **dict(zip(ids, values, strict=True))}
-            for token, p, ids, values in zip(chosen, own.tolist(), top_ids.tolist(), top.tolist(), strict=True)]
+def _logprobs(token, top, n):
+    """{token id: log-probability} of one token and the n likeliest. top: (the token's own, [(id, log-probability)])."""
+    own, likeliest = top
+    return {token: own, **dict(likeliest[:n])}

@@ -152,19 +152,25 @@ def load(spec, checkpoint, accounts, lane, progress):
     """Reads `checkpoint` (loaders.safetensors) into arrays of `lane`; `progress(n_bytes)` is called as bytes arrive."""
     weights = Weights(layers=[LayerWeights() for _ in spec.layers], unused=accounts.unused,
                       norm_offset=0.0 if lane.folds_norm_offset else spec.norm_offset)
-    for target in targets(spec, accounts.untied_head):
-        array, row = lane.empty(target.shape), 0
-        for tensor, shape in target.parts:
-            name = accounts.names[tensor]
-            checkpoint.read_into(name, array[row:row + shape[0]])
-            row += shape[0]
-            progress(checkpoint.tensors[name].n_bytes)
-        if target.is_norm and lane.folds_norm_offset:
-            array += spec.norm_offset
-        owner, _, attribute = target.name.rpartition(".")
-        setattr(weights.layers[int(owner.split(".")[1])] if owner else weights, attribute, array)
+    with lane.loading() as fill:
+        for target in targets(spec, accounts.untied_head):
+            array, row = lane.empty(target.shape), 0
+            for tensor, shape in target.parts:
+                fill(array[row:row + shape[0]], _reader(checkpoint, accounts.names[tensor], progress))
+                row += shape[0]
+            if target.is_norm and lane.folds_norm_offset:
+                array += spec.norm_offset
+            owner, _, attribute = target.name.rpartition(".")
+            setattr(weights.layers[int(owner.split(".")[1])] if owner else weights, attribute, array)
     weights.head = weights.embed if weights.head is None else weights.head
     return weights
+
+
+def _reader(checkpoint, name, progress):
+    """read(begin, end, out) of one tensor, for a lane's `fill`."""
+    def read(begin, end, out):
+        progress(checkpoint.read_range(name, begin, end, out))
+    return read
 
 
 def _with_nearest(problems, candidates):

@@ -108,7 +108,7 @@ class Checkpoint:
     def view(self, name):
         """The tensor as it lies in the file: a read-only array on mapped memory, of the file's own dtype.
 
-        The pages that it touches stay resident while it lives; it outlives `close`. To load weights, use `read_into`.
+        The pages that it touches stay resident while it lives; it outlives `close`. To load weights, use `read_range`.
         Raises CheckpointError for a packed dtype or a file cut since it was opened.
         """
         info = self._info(name)
@@ -122,32 +122,35 @@ class Checkpoint:
             self._maps[info.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.ndarray(info.shape, dtype, buffer=self._maps[info.path], offset=info.start)
 
-    def read_into(self, name, out):
-        """out[...] = the tensor, converted; with no copy of the file left in memory.
+    def read_range(self, name, begin, end, out):
+        """out[...] = elements begin..end of the flat tensor, converted; returns the bytes it read. No copy of the file
+        is left in memory.
 
-        out     the tensor's shape, float32 or bfloat16, C-contiguous: rows of a larger array will do. From BF16 and F16
-                to float32 is exact; to bfloat16, F16 and F32 round to nearest even.
-        Raises CheckpointError for a dtype that is not BF16, F16 or F32, for another shape, and for a file cut since it
-        was opened; ValueError for an `out` of the wrong kind.
+        out     [end - begin], float32 or bfloat16, contiguous. From BF16 and F16 to float32 is exact; to bfloat16, F16
+                and F32 round to nearest even.
+        Raises CheckpointError for a dtype that is not BF16, F16 or F32 and for a file cut since it was opened;
+        ValueError for an `out` of the wrong kind, or a range that is not the tensor's.
         """
         info = self._info(name)
         if info.dtype not in WEIGHT_DTYPES:
             raise CheckpointError(f"{info.path.name}: {name} is {info.dtype}, which is not supported as a weight yet; "
                                   f"expected {', '.join(WEIGHT_DTYPES)}")
-        if out.shape != info.shape:
-            raise CheckpointError(f"{info.path.name}: {name} is {list(info.shape)}, expected {list(out.shape)}")
+        if not 0 <= begin <= end <= math.prod(info.shape) or out.shape != (end - begin,):
+            raise ValueError(f"elements {begin}..{end} of {name} {list(info.shape)} into {list(out.shape)}, "
+                             "expected a range of the tensor's, and a flat array for it")
         if out.dtype not in (np.float32, ml_dtypes.bfloat16) or not out.flags.c_contiguous:
-            raise ValueError(f"read_into: out is {out.dtype}, strides {out.strides}; "
-                             f"expected contiguous float32 or bfloat16")
-        flat = out.reshape(-1)
-        if info.n_bytes < 2 * SCRATCH_BYTES:
-            self._read_part(info, flat, 0, flat.size)
+            raise ValueError(f"read_range: out is {out.dtype}, strides {out.strides}; "
+                             "expected contiguous float32 or bfloat16")
+        n_bytes = out.size * DTYPES[info.dtype][0] // 8
+        if n_bytes < 2 * SCRATCH_BYTES:
+            self._read_part(info, begin, out)
         else:
-            middle = flat.size // 2
-            parts = [self._pool.submit(self._read_part, info, flat, *part)
-                     for part in ((0, middle), (middle, flat.size))]
+            middle = out.size // 2
+            parts = [self._pool.submit(self._read_part, info, begin + at, part)
+                     for at, part in ((0, out[:middle]), (middle, out[middle:]))]
             for part in parts:
                 part.result()           # raises what it raised
+        return n_bytes
 
     def close(self):
         """Closes the files. Arrays from `view` stay valid. May be called again."""
@@ -168,20 +171,20 @@ class Checkpoint:
             raise ValueError(f"{info.path.name}: {name} was asked for after the checkpoint was closed")
         return info
 
-    def _read_part(self, info, flat, begin, end):
-        """flat[begin:end] = elements begin..end of the tensor. flat [n_elements] float32 or bfloat16."""
+    def _read_part(self, info, begin, out):
+        """out[...] = elements from `begin` of the flat tensor. out [n_elements] float32 or bfloat16."""
         dtype = np.dtype(DTYPES[info.dtype][1])
-        position = info.start + begin * dtype.itemsize
-        if dtype == flat.dtype:
-            self._read_at(info, position, flat[begin:end])
+        position, at = info.start + begin * dtype.itemsize, 0
+        if dtype == out.dtype:
+            self._read_at(info, position, out)
             return
-        scratch = np.empty(min(end - begin, SCRATCH_BYTES // dtype.itemsize), dtype)
-        while begin < end:
-            block = scratch[: end - begin]
+        scratch = np.empty(min(out.size, SCRATCH_BYTES // dtype.itemsize), dtype)
+        while at < out.size:
+            block = scratch[:out.size - at]
             self._read_at(info, position, block)
             with np.errstate(invalid="ignore"):     # a signalling NaN is data here
-                flat[begin : begin + block.size] = block
-            begin, position = begin + block.size, position + block.nbytes
+                out[at:at + block.size] = block
+            at, position = at + block.size, position + block.nbytes
 
     def _read_at(self, info, position, array):
         """Fills a contiguous 1-D array with the bytes at `position` of the file."""

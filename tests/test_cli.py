@@ -77,7 +77,7 @@ def test_plan_needs_no_weights(capsys, tmp_path):
 @pytest.mark.parametrize("arguments, message", [
     (["plan", "no/such/place"], "no such directory"),
     (["generate", WORDLESS], "no prompt"),
-    (["generate", WORDLESS, "--prompt", "x", "--device", "cuda"], "not built yet"),
+    (["generate", WORDLESS, "--prompt", "x", "--device", "cuda:99"], "device 'cuda"),
     (["generate", DEMO, "--prompt", "x", "--top-p", "2"], "top_p is 2.0"),
     (["chat", WORDLESS, "--message", "x"], "no chat template"),
 ])

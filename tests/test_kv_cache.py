@@ -26,7 +26,7 @@ def cache_of(*windows, n_pages, page_size):
 
 def sequence_in(cache, n_tokens=0):
     return SimpleNamespace(page_lists=cache.new_page_lists(), n_cached=0, tokens=list(range(n_tokens)),
-                           next_logit=n_tokens - 1, task=SimpleNamespace(hidden=None))
+                           next_logit=n_tokens - 1, task=SimpleNamespace(hidden=None, samples=False))
 
 
 def compute(cache, sequence, n):
@@ -217,6 +217,8 @@ def test_batch_arrays_against_positions_one_by_one(window, page_size, data):
             for i, ((sequence, n), row) in enumerate(zip(work, paged.rows, strict=True)):
                 context = sequence.n_cached + n
                 assert row == (begin, begin + n, context)
+                live = range(sequence.page_lists[p].first, -(-context // page_size))
+                assert [paged.page_table[paged.page_begin[i] + page] for page in live] == sequence.page_lists[p].pages
                 begin += n
                 oldest = sequence.page_lists[p].first * page_size
                 for read in range(oldest, context):
@@ -226,7 +228,7 @@ def test_batch_arrays_against_positions_one_by_one(window, page_size, data):
                     assert all(size for _, size in runs)
                     assert all(a + n_a != b for (a, n_a), (b, _) in pairwise(runs))      # neighbours are joined
         for array in (batch.token_ids, batch.positions, batch.pools[0].slots, batch.pools[0].page_table,
-                      batch.pools[0].first_page, batch.pools[0].cu_seqlens, batch.pools[0].context_lens):
+                      batch.pools[0].page_begin, batch.pools[0].cu_seqlens, batch.pools[0].context_lens):
             assert array.dtype == np.int32
         for sequence, n in work:
             sequence.n_cached = min(sequence.n_cached + n, 15)

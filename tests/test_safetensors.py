@@ -31,6 +31,11 @@ def entry(shape, begin, end, dtype="BF16"):
     return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
 
 
+def read_whole(checkpoint, name, out):
+    """out[...] = the tensor."""
+    assert checkpoint.read_range(name, 0, out.size, out.reshape(-1)) == checkpoint.tensors[name].n_bytes
+
+
 def refuses(directory, *expected):
     """Checkpoint.open raises one CheckpointError that holds every text of `expected`."""
     with pytest.raises(CheckpointError) as caught:
@@ -249,7 +254,7 @@ def test_real_layouts_read_as_the_reference_reader_reads_them(directory):
             view, out = checkpoint.view(name), np.empty(array.shape, np.float32)
             assert view.dtype == array.dtype
             assert view.tobytes() == array.tobytes()
-            checkpoint.read_into(name, out)
+            read_whole(checkpoint, name, out)
             assert np.array_equal(out, array.astype(np.float32))
 
 
@@ -260,7 +265,7 @@ def test_every_bfloat16_is_exact_in_float32(model):
     out = np.empty(2**16, np.float32)
     with Checkpoint.open(model.parent) as checkpoint, warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint.read_into("w", out)
+        read_whole(checkpoint, "w", out)
     assert np.array_equal(out.view(np.uint32), patterns.astype(np.uint32) << 16)
 
 
@@ -270,7 +275,7 @@ def test_every_float16_is_exact_in_float32(model):
     out = np.empty(2**16, np.float32)
     with Checkpoint.open(model.parent) as checkpoint, warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint.read_into("w", out)
+        read_whole(checkpoint, "w", out)
     sign, exponent, fraction = patterns >> 15, (patterns >> 10) & 31, patterns & 1023
     finite = exponent < 31
     expected = np.ldexp((fraction + 1024 * (exponent > 0)).astype(np.float64),
@@ -289,8 +294,8 @@ def test_float32_is_copied_and_rounds_to_bfloat16(model):
     same, rounded = np.empty_like(values), np.empty(values.shape, BF16)
     with Checkpoint.open(model.parent) as checkpoint, warnings.catch_warnings():
         warnings.simplefilter("error")
-        checkpoint.read_into("w", same)
-        checkpoint.read_into("w", rounded)
+        read_whole(checkpoint, "w", same)
+        read_whole(checkpoint, "w", rounded)
     assert same.tobytes() == values.tobytes()
     nearest_even = [0.0, -0.0, 1.0, 1.0, 1 + 2**-6, 1 + 2**-7, 0.0, np.inf, -np.inf, np.nan, 3.3e38]
     np.testing.assert_array_equal(rounded.astype(np.float64), np.array(nearest_even).astype(BF16).astype(np.float64))
@@ -306,8 +311,37 @@ def test_large_tensors_arrive_whole(model, source, target, n_more):
     save_file({"before": np.zeros(3, np.float16), "w": values, "x": np.ones(1, np.float16)}, model)
     out = np.full(n, 7, target)
     with Checkpoint.open(model.parent) as checkpoint:
-        checkpoint.read_into("w", out)
+        read_whole(checkpoint, "w", out)
     assert out.tobytes() == values.astype(target).tobytes()
+
+
+@pytest.mark.parametrize("source", [BF16, np.float16, np.float32])
+@pytest.mark.parametrize("target", [BF16, np.float32])
+def test_any_range_is_that_of_the_whole(model, source, target):
+    """Ranges of every length and place; nothing beside them is written."""
+    values = np.random.default_rng(0).standard_normal((5, 7), np.float32).astype(source)
+    save_file({"before": np.zeros(3, np.float16), "w": values, "x": np.ones(1, np.float16)}, model)
+    expected = values.astype(target).reshape(-1)
+    with Checkpoint.open(model.parent) as checkpoint:
+        for begin in range(36):
+            for end in range(begin, 36):
+                out = np.full(37, 7, target)
+                n_bytes = checkpoint.read_range("w", begin, end, out[1:1 + end - begin])
+                assert n_bytes == (end - begin) * values.itemsize
+                assert out[1:1 + end - begin].tobytes() == expected[begin:end].tobytes()
+                assert out[0] == 7 and (out[1 + end - begin:] == 7).all()
+
+
+def test_a_large_range_in_the_middle(model):
+    """Where two threads share it, each finds its own place."""
+    values = np.random.default_rng(1).standard_normal(3 * safetensors.SCRATCH_BYTES, np.float32).astype(BF16)
+    save_file({"w": values}, model)
+    begin, end = 1000, 1000 + 5 * safetensors.SCRATCH_BYTES // 2
+    for target in (BF16, np.float32):
+        out = np.empty(end - begin, target)
+        with Checkpoint.open(model.parent) as checkpoint:
+            checkpoint.read_range("w", begin, end, out)
+        np.testing.assert_array_equal(out, values[begin:end].astype(target))
 
 
 def test_rows_of_a_larger_array(model):
@@ -316,8 +350,8 @@ def test_rows_of_a_larger_array(model):
     save_file({"q": q, "k": k}, model)
     fused = np.full((10, 8), 7, np.float32)
     with Checkpoint.open(model.parent) as checkpoint:
-        checkpoint.read_into("q", fused[1:7])
-        checkpoint.read_into("k", fused[7:9])
+        read_whole(checkpoint, "q", fused[1:7])
+        read_whole(checkpoint, "k", fused[7:9])
     np.testing.assert_array_equal(fused[1:9], np.concatenate([q, k]).astype(np.float32))
     assert (fused[[0, 9]] == 7).all()
 
@@ -326,8 +360,8 @@ def test_scalars_and_empty_tensors(model):
     write(model, {"s": entry([], 0, 2), "e": entry([0, 4], 2, 2)}, np.array(2.5, BF16).tobytes())
     scalar, empty = np.empty((), np.float32), np.empty((0, 4), np.float32)
     with Checkpoint.open(model.parent) as checkpoint:
-        checkpoint.read_into("s", scalar)
-        checkpoint.read_into("e", empty)
+        read_whole(checkpoint, "s", scalar)
+        read_whole(checkpoint, "e", empty)
         assert checkpoint.view("e").shape == (0, 4)
     assert scalar == 2.5
 
@@ -335,13 +369,14 @@ def test_scalars_and_empty_tensors(model):
 def test_out_must_fit(model):
     save_file({"w": np.zeros((4, 6), np.float32)}, model)
     with Checkpoint.open(model.parent) as checkpoint:
-        with pytest.raises(CheckpointError, match=r"model\.safetensors: w is \[4, 6\], expected \[6, 4\]"):
-            checkpoint.read_into("w", np.empty((6, 4), np.float32))
-        with pytest.raises(CheckpointError, match=r"expected \[24\]"):
-            checkpoint.read_into("w", np.empty(24, np.float32))
-        for wrong in (np.empty((4, 6)), np.empty((4, 12), np.float32)[:, ::2], np.empty((6, 4), np.float32).T):
+        for begin, end, out in ((0, 24, np.empty((4, 6), np.float32)), (0, 24, np.empty(23, np.float32)),
+                                (-1, 4, np.empty(5, np.float32)), (20, 25, np.empty(5, np.float32)),
+                                (3, 2, np.empty(0, np.float32))):
+            with pytest.raises(ValueError, match=r"elements .* of w \[4, 6\] into .*, expected a range"):
+                checkpoint.read_range("w", begin, end, out)
+        for wrong in (np.empty(24), np.empty(48, np.float32)[::2], np.empty(24, np.int32)):
             with pytest.raises(ValueError, match="expected contiguous float32 or bfloat16"):
-                checkpoint.read_into("w", wrong)
+                checkpoint.read_range("w", 0, 24, wrong)
         with pytest.raises(CheckpointError, match="no tensor is named v"):
             checkpoint.view("v")
 
@@ -365,7 +400,7 @@ def test_packed_dtypes_are_refused_by_name_when_read(model, dtype):
     write(model, {"packed": entry([8], 0, n_bytes, dtype), "w": entry([1], n_bytes, n_bytes + 2)}, bytes(n_bytes + 2))
     with Checkpoint.open(model.parent) as checkpoint:
         assert checkpoint.view("w").tolist() == [0]
-        for read in (checkpoint.view, lambda name: checkpoint.read_into(name, np.empty(8, np.float32))):
+        for read in (checkpoint.view, lambda name: read_whole(checkpoint, name, np.empty(8, np.float32))):
             with pytest.raises(CheckpointError, match=f"packed is {dtype}, which is not supported"):
                 read("packed")
 
@@ -375,7 +410,7 @@ def test_integers_are_no_weights(model):
     with Checkpoint.open(model.parent) as checkpoint:
         assert checkpoint.view("w").tolist() == [0, 1, 2]
         with pytest.raises(CheckpointError, match="w is I64, which is not supported as a weight yet; expected BF16"):
-            checkpoint.read_into("w", np.empty(3, np.float32))
+            read_whole(checkpoint, "w", np.empty(3, np.float32))
 
 
 # --- files that change, files that close
@@ -386,7 +421,7 @@ def test_file_cut_after_it_was_opened(model, target, n):
     save_file({"w": np.zeros(n, BF16)}, model)
     with Checkpoint.open(model.parent) as checkpoint:
         os.truncate(model, model.stat().st_size - 2)
-        for read in (checkpoint.view, lambda name: checkpoint.read_into(name, np.empty(n, target))):
+        for read in (checkpoint.view, lambda name: read_whole(checkpoint, name, np.empty(n, target))):
             with pytest.raises(CheckpointError, match=r"model\.safetensors: w needs bytes .*, the file ends at .*cut"):
                 read("w")
 
@@ -398,7 +433,7 @@ def test_close(model):
     checkpoint.close()
     checkpoint.close()
     assert view.tolist() == [0, 1, 2, 3]
-    for read in (checkpoint.view, lambda name: checkpoint.read_into(name, np.empty(4, np.float32))):
+    for read in (checkpoint.view, lambda name: read_whole(checkpoint, name, np.empty(4, np.float32))):
         with pytest.raises(ValueError, match="after the checkpoint was closed"):
             read("w")
 
@@ -410,14 +445,14 @@ def test_a_refused_directory_leaves_no_file_open(sharded, recwarn):
     assert not [warning for warning in recwarn if issubclass(warning.category, ResourceWarning)]
 
 
-def test_read_into_leaves_no_copy_of_the_file(model):
+def test_reading_leaves_no_copy_of_the_file(model):
     """A conversion needs two blocks, whatever the tensor's size."""
     n = 16 * safetensors.SCRATCH_BYTES // 2
     save_file({"w": np.zeros(n, BF16)}, model)
     out = np.empty(n, np.float32)
     with Checkpoint.open(model.parent) as checkpoint:
         tracemalloc.start()
-        checkpoint.read_into("w", out)
+        read_whole(checkpoint, "w", out)
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
     assert peak < 3 * safetensors.SCRATCH_BYTES

@@ -24,7 +24,7 @@ def scheduler_of(windows=(None,), page_size=4, max_len=40, extra_pages=0, max_se
 
 
 def submit(scheduler, number, n_prompt):
-    task = SimpleNamespace(first_logit=n_prompt - 1, hidden=None)
+    task = SimpleNamespace(first_logit=n_prompt - 1, hidden=None, samples=False)
     sequence = Sequence(number, [0] * n_prompt, task, scheduler.kv_cache.new_page_lists())
     scheduler.add(sequence)
     return sequence

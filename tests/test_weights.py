@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from engine import LLM
-from engine.backend import Lane, open_lane
+from engine.backend import HostLane, open_lane
 from engine.errors import CheckpointError
 from engine.models import describe
 from engine.weights import account, load, n_weights, targets
@@ -143,7 +143,9 @@ def test_norm_offsets(tmp_path, family):
     config = tiny.flat(family)
     path = tiny.write_checkpoint(tmp_path / "c", config)
     spec, folded = loaded(path)
-    _, plain = loaded(path, Lane("cpu", None, np.dtype(np.float32), folds_norm_offset=False))
+    lane = HostLane("cpu", None, np.float32)
+    lane.folds_norm_offset = False
+    _, plain = loaded(path, lane)
     offset = {"gemma3": 1, "gemma4": 0}[family]
     assert (folded.norm_offset, plain.norm_offset, spec.norm_offset) == (0, offset, offset)
     for target in targets(spec):

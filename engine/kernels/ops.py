@@ -1,0 +1,76 @@
+"""The op table of the lanes that run kernels, `cuda` and `emulated`: the launchers by the names of engine/reference.py."""
+
+from types import SimpleNamespace
+
+from engine.errors import ConfigError
+from engine.kernels import attention as attention_kernels
+from engine.kernels import cublas, gemm, sampling
+from engine.kernels.activation import logit_softcap
+from engine.kernels.attention import attention
+from engine.kernels.embedding import embed, select_rows
+from engine.kernels.gemm import gated_linear, linear
+from engine.kernels.paged import geometry, split_keys
+from engine.kernels.rmsnorm import add_norm, rms_norm
+from engine.kernels.rope import qk_norm_rope_cache, rope_angles
+from engine.kernels.sampling import apply_edits, sample, top_logprobs
+
+__all__ = ["add_norm", "apply_edits", "attention", "check", "embed", "explain", "gated_linear", "linear", "logit_softcap",
+           "qk_norm_rope_cache", "rms_norm", "rope_angles", "sample", "scratch_size", "select_rows", "top_logprobs"]
+
+MOST_HEAD_DIM, MOST_GROUP, MULTIPLE = 512, 16, 4
+
+
+def scratch_size(spec, max_tokens, max_logit_rows):
+    """(floats, counters) of the Scratch that the ops of a ModelSpec want: the most that one of them wants."""
+    sizes = [gemm.scratch_size(spec.vocab, spec.hidden, max_logit_rows), sampling.scratch_size(max_logit_rows, spec.vocab)]
+    for attention, mlp in dict.fromkeys((layer.attention, layer.mlp) for layer in spec.layers):
+        sizes += [gemm.scratch_size(n_out, n_in, max_tokens) for n_out, n_in in (
+            (attention.qkv_width, spec.hidden), (spec.hidden, attention.q_width),
+            (2 * mlp.intermediate, spec.hidden), (spec.hidden, mlp.intermediate))]
+        sizes.append(attention_kernels.scratch_size(attention.n_kv_heads, attention.head_dim, spec.max_positions,
+                                                    attention.window))
+    return tuple(map(max, zip(*sizes, strict=True)))
+
+
+def with_cublas():
+    """The same table with matrix products by cuBLAS."""
+    table = {name: globals()[name] for name in __all__}
+
+    def scratch_with_cublas(spec, max_tokens, max_logit_rows):
+        sizes = [scratch_size(spec, max_tokens, max_logit_rows)]
+        sizes += [cublas.scratch_size(2 * layer.mlp.intermediate, spec.hidden, max_tokens) for layer in spec.layers]
+        return tuple(map(max, zip(*sizes, strict=True)))
+    return SimpleNamespace(**{**table, "linear": cublas.linear, "gated_linear": cublas.gated_linear,
+                              "scratch_size": scratch_with_cublas})
+
+
+def check(spec):
+    """Raises ConfigError for a ModelSpec with a size that no kernel takes."""
+    sizes = {"hidden_size": spec.hidden, "vocab_size": spec.vocab}
+    for layer in spec.layers:
+        attention = layer.attention
+        sizes |= {"intermediate_size": layer.mlp.intermediate, "head_dim": attention.head_dim}
+        if attention.head_dim > MOST_HEAD_DIM or attention.n_heads > MOST_GROUP * attention.n_kv_heads:
+            raise ConfigError(f"{attention.n_heads} query and {attention.n_kv_heads} KV heads of {attention.head_dim}: "
+                              f"the attention kernel takes up to {MOST_GROUP} query heads a KV head, of at most "
+                              f"{MOST_HEAD_DIM}; device='cpu' takes any")
+        for name, size in sizes.items():
+            if size % MULTIPLE:
+                raise ConfigError(f"{name} is {size}: the kernels take multiples of {MULTIPLE}; device='cpu' takes any")
+
+
+def explain(spec, max_tokens):
+    """Lines that say which variant of the matrix product and of attention each layer uses, and why: it follows from the
+    shapes alone."""
+    tiles = {n: {gemm.plan(*shape, n).tile for shape in gemm.shapes(spec)} for n in (1, max_tokens)}
+    for n, used in tiles.items():
+        yield (f"matrix products of {n} token{'s' * (n != 1)}: tiles of "
+               + ", ".join(f"{tile.rows} weights x {tile.tokens} tokens" for tile in sorted(used)))
+    for n_rows, n_in in dict.fromkeys(gemm.shapes(spec)):
+        n_splits, length = gemm.splits(n_rows, n_in)
+        yield f"  [{n_rows}, {n_in}]: " + (f"{n_splits} sums of {length}, whose blocks fill the machine for one token"
+                                           if n_splits > 1 else "one sum")
+    for a in dict.fromkeys(layer.attention for layer in spec.layers):
+        decode, prefill = (geometry(a.head_dim, is_decode) for is_decode in (True, False))
+        yield (f"{a.kind} attention, head_dim {a.head_dim}: {decode.rows} rows a block for decoding and {prefill.rows} for "
+               f"prefill, tiles of {decode.keys} keys, partial sums every {split_keys(a.n_kv_heads, a.window)} keys")

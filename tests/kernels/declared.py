@@ -1,0 +1,21 @@
+"""What the comment above a kernel declares, for tests that hold it to that."""
+
+import re
+
+from engine.kernels.source import folder
+
+
+def least_bytes(file, entry, **names):
+    """The value of the `traffic` line above `entry` in cuda/<file>, over the names of its dimensions."""
+    above = (folder() / file).read_text().split('extern "C"')
+    for comment, kernel in zip(above, above[1:], strict=False):
+        if re.search(r"(\w+)\s*\((?:\s|const|OUT|\w+\*)", kernel.replace("__launch_bounds__", ""))[1] == entry:
+            return eval(re.findall(r"^//   traffic  (.+)$", comment, re.MULTILINE)[-1], {}, names)
+    raise AssertionError(f"{file} has no kernel {entry}")
+
+
+def assert_least_traffic(traffic, least):
+    """The launch touches what the comment says, moves at most a tenth more, and has no bank conflict."""
+    assert traffic.distinct_bytes == least
+    assert traffic.moved_bytes - traffic.small_reread_bytes <= 1.1 * least
+    assert traffic.bank_conflicts == 0

@@ -1,0 +1,177 @@
+"""Whole models on device "cuda", on a stand-in for CuPy: the emulated lane's bits, graphs that change nothing, and
+steps that allocate nothing, copy in once and read back once."""
+
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+
+from engine import LLM, SamplingParams
+from engine.errors import MemoryPlanError
+from tests import stand_in
+from tests.golden import Golden
+
+CASES = ("gemma3-text", "gemma4-dense")
+GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
+# Two whose logits are edited, one with none but its temperature, one greedy.
+MIXED = [SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.3, seed=1, ignore_eos=True, max_tokens=8),
+         SamplingParams(temperature=1.2, top_k=20, seed=2, ignore_eos=True, max_tokens=6, logit_bias={5: 2.0}),
+         SamplingParams(seed=3, ignore_eos=True, max_tokens=7), GREEDY]
+
+
+@pytest.fixture
+def gpu():
+    with stand_in.installed() as gpu:
+        yield gpu
+
+
+def open_llm(case, device="cuda", **arguments):
+    return LLM(Golden(case).checkpoint, device=device, **{"max_seq_len": 256, "max_seqs": 8, "max_batch_tokens": 64,
+                                                          "progress": False, **arguments})
+
+
+def prompts_of(case, n=4):
+    return [prompt[:40] for prompt in Golden(case).prompts[:n]]
+
+
+def watch(llm, look):
+    """[look(batch, n before)] of every step from now on; look is called when the step is done."""
+    runner, seen = llm._loop.runner, []
+    run = runner.run
+
+    def watched(batch):
+        before = stand_in._gpu.counts.copy()
+        out = run(batch)
+        seen.append(look(batch, before))
+        return out
+    runner.run = watched
+    return seen
+
+
+def counts_of(batch, before):
+    return batch.is_decode, len(batch.to_sample), stand_in._gpu.counts - before
+
+
+# --- the same bits
+
+@pytest.mark.parametrize("case", CASES)
+def test_logits_are_those_of_the_emulated_lane(gpu, case):
+    """The same kernels on the same arguments: whatever is uploaded, copied or launched otherwise would show."""
+    prompts = prompts_of(case)
+    pairs = [open_llm(case, device).forward(prompts, return_logits="all", return_hidden_states="layers")
+             for device in ("cuda", "emulated")]
+    for name in ("logits", "hidden_states"):
+        for got, expected in zip(*(getattr(pair, name) for pair in pairs), strict=True):
+            np.testing.assert_array_equal(got.view(np.uint32), expected.view(np.uint32))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_tokens_are_those_of_the_emulated_lane_with_graphs_and_without(gpu, case):
+    prompts = prompts_of(case)
+    expected = [output.token_ids for output in open_llm(case, "emulated").generate(prompts, MIXED)]
+    for graphs in (True, False):
+        llm = open_llm(case, graphs=graphs)
+        for _ in range(2):
+            assert [output.token_ids for output in llm.generate(prompts, MIXED)] == expected
+        assert not llm.graphs.failures and bool(gpu.counts["replays"]) == graphs
+        gpu.counts.clear()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_steps_leave_the_logits_of_eager_ones(gpu, case):
+    """Bit for bit after every step, over buckets that fill, overflow and shrink as requests come and go."""
+    def logits_of(llm):
+        def look(batch, before):
+            workspace = llm._loop.runner.workspace
+            with llm.lane.running():
+                return llm.lane.to_host(workspace.rows("logits", len(batch.to_sample), llm.spec.vocab)).copy()
+        return watch(llm, look)
+    seen = []
+    for graphs in (True, False):
+        llm = open_llm(case, graphs=graphs)
+        seen.append(logits_of(llm))
+        llm.generate(prompts_of(case), MIXED)
+        llm.generate(prompts_of(case, 3), GREEDY)
+        assert bool(gpu.counts["replays"]) == graphs
+        gpu.counts.clear()
+    for replayed, eager in zip(*seen, strict=True):
+        np.testing.assert_array_equal(replayed.view(np.uint32), eager.view(np.uint32))
+
+
+# --- what a step does to the GPU
+
+def test_a_replayed_step_is_one_copy_one_graph_one_read_back(gpu):
+    llm = open_llm(CASES[0])
+    llm.generate(prompts_of(CASES[0]), GREEDY)
+    seen = watch(llm, counts_of)
+    llm.generate(prompts_of(CASES[0]), GREEDY)
+    decodes = [counts for is_decode, _, counts in seen if is_decode]
+    assert len(decodes) >= GREEDY.max_tokens - 1
+    assert all(counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1} for counts in decodes), decodes
+
+
+def test_an_eager_step_allocates_nothing_copies_in_once_and_reads_back_once(gpu):
+    llm = open_llm(CASES[0], graphs=False)
+    llm.generate(prompts_of(CASES[0]), GREEDY)
+    seen = watch(llm, counts_of)
+    llm.generate(prompts_of(CASES[0]), GREEDY)
+    for _, n_sampled, counts in seen:
+        assert counts.pop("launches") > 0
+        read = {"copies out": 1, "waits": 1} if n_sampled else {}
+        assert counts == {"copies in": 1, **read}
+
+
+def test_explain_tells_of_graphs(gpu):
+    llm = open_llm(CASES[0])
+    llm.generate(prompts_of(CASES[0], 2), GREEDY)
+    assert "CUDA graphs: 2 of 1, 2, 4, 8 sequences captured" in llm.explain()
+    assert "CUDA graphs: off" in open_llm(CASES[0], graphs=False).explain()
+
+
+# --- an engine on a GPU
+
+def test_threads_share_an_engine(gpu):
+    prompts = prompts_of(CASES[0])
+    llm = open_llm(CASES[0])
+    expected = [llm.generate(prompt, GREEDY).token_ids for prompt in prompts]
+    with ThreadPoolExecutor(4) as pool:
+        assert [output.token_ids for output in pool.map(lambda p: llm.generate(p, GREEDY), prompts)] == expected
+
+
+def test_auto_takes_the_gpu(gpu):
+    assert open_llm(CASES[0], "auto").lane.name == "cuda"
+
+
+def test_the_second_gpu():
+    with stand_in.installed(n_devices=2):
+        prompt = prompts_of(CASES[0])[0]
+        assert open_llm(CASES[0], "cuda:1").generate(prompt, GREEDY).token_ids == open_llm(
+            CASES[0], "emulated").generate(prompt, GREEDY).token_ids
+
+
+def test_the_plan_is_that_of_the_gpus_memory(gpu):
+    """Not of this machine's; and a model that does not fit says so before anything is allocated."""
+    llm = open_llm(CASES[0], memory_fraction=0.5)
+    assert llm.plan().memory_bytes <= stand_in.TOTAL_BYTES // 2
+    assert gpu.n_live_bytes <= stand_in.TOTAL_BYTES // 2
+    before = gpu.counts.copy()
+    with pytest.raises(MemoryPlanError):
+        open_llm(CASES[0], memory_fraction=0.001)
+    assert gpu.counts["allocations"] == before["allocations"]
+
+
+def test_a_step_interrupted_leaves_an_engine_that_goes_on(gpu):
+    """Ctrl-C in the middle of a capture: the stream leaves it, the request ends, the next one runs."""
+    llm, prompt = open_llm(CASES[0]), prompts_of(CASES[0])[0]
+    expected = open_llm(CASES[0]).generate(prompt, GREEDY).token_ids
+    logits = llm._loop.runner.layers.logits
+
+    def interrupted(states):
+        if gpu.capturing:
+            raise KeyboardInterrupt
+        return logits(states)
+    llm._loop.runner.layers.logits = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        llm.generate(prompt, GREEDY)
+    llm._loop.runner.layers.logits = logits
+    assert llm.generate(prompt, GREEDY).token_ids == expected and not llm.graphs.failures
