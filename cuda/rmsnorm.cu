@@ -2,7 +2,7 @@
 //
 // Constants: WIDTH, bf16 of one access (8: 16 bytes, where rows are a multiple of that; else 4), and CHUNKS, accesses of
 // a thread, so that WIDTH * CHUNKS * block >= hidden. Any hidden that is a multiple of WIDTH.
-// Grid: any number of blocks, which take rows in turn; block: a multiple of 32 threads.
+// Grid: the rows; block: a multiple of 32 threads.
 // Sums: each thread its own chunks in order, then a warp's lanes in a tree, then the warps in order. All of that follows
 // from hidden alone, so a row's bits do not depend on the other rows.
 // Bound by memory: what a sum is followed by is in flight before it; the cache holds the weights.
@@ -47,7 +47,7 @@ struct Row {
 // Adds over a block, in every thread. `part` has two halves, so that one barrier a sum is enough.
 struct BlockSum {
     float (&part)[2][MOST_THREADS / 32];
-    int half;
+    int half = 0;
 
     __device__ __forceinline__ float operator()(float x) {
         x = warp_sum(x);
@@ -86,18 +86,16 @@ __device__ __forceinline__ void apply_norm(Row& row, float scale, bool has_weigh
 //   x [n_rows, hidden] bf16   weight [hidden] bf16, or null to multiply by nothing   y like x, may be x
 //   traffic  4 * n_rows * hidden + 2 * hidden * has_weight
 extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm(
-        const bf16* x, const bf16* weight, OUT bf16* y, int n_rows, int hidden, float eps, float weight_offset) {
+        const bf16* x, const bf16* weight, OUT bf16* y, int hidden, float eps, float weight_offset) {
     __shared__ float part[2][MOST_THREADS / 32];
-    BlockSum block_sum{part, 0};
-    for (int t = blockIdx.x; t < n_rows; t += gridDim.x) {
-        const size_t at = (size_t)t * hidden;
-        Row row, w;
-        row.load(x + at, hidden);
-        w.load(weight, hidden);
-        const float scale = inverse_rms(row, hidden, eps, block_sum);
-        apply_norm(row, scale, weight != nullptr, w, weight_offset);
-        row.store(y + at, hidden);
-    }
+    BlockSum block_sum{part};
+    const size_t at = (size_t)blockIdx.x * hidden;              // 64 bits: tokens * hidden passes 2^31
+    Row row, w;
+    row.load(x + at, hidden);
+    w.load(weight, hidden);
+    const float scale = inverse_rms(row, hidden, eps, block_sum);
+    apply_norm(row, scale, weight != nullptr, w, weight_offset);
+    row.store(y + at, hidden);
 }
 
 // add_norm:  residual[t,:] = (residual[t,:] + norm(branch[t,:]) * (post_weight + weight_offset)) * layer_scalar
@@ -109,29 +107,28 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS) rms_norm(
 //   traffic  8 * n_rows * hidden + 2 * hidden * (1 + has_post_weight) + 2 * has_layer_scalar
 extern "C" __global__ void __launch_bounds__(MOST_THREADS) add_norm(
         bf16* residual, const bf16* branch, const bf16* post_weight, const bf16* next_weight, const bf16* layer_scalar,
-        OUT bf16* y, int n_rows, int hidden, float eps, float weight_offset) {
+        OUT bf16* y, int hidden, float eps, float weight_offset) {
     __shared__ float part[2][MOST_THREADS / 32];
-    BlockSum block_sum{part, 0};
+    BlockSum block_sum{part};
+    const size_t at = (size_t)blockIdx.x * hidden;
     const float scalar = layer_scalar ? to_float(*layer_scalar) : 1.f;
-    for (int t = blockIdx.x; t < n_rows; t += gridDim.x) {
-        const size_t at = (size_t)t * hidden;
-        Row added, row, post;
-        added.load(branch + at, hidden);
-        row.load(residual + at, hidden);
-        post.load(post_weight, hidden);
-        const float scale = post_weight ? inverse_rms(added, hidden, eps, block_sum) : 1.f;
-        #pragma unroll
-        for (int i = 0; i < CHUNKS * WORDS; ++i) {
-            u32& two = row.chunk[i / WORDS].word[i % WORDS];
-            const u32 more = added.chunk[i / WORDS].word[i % WORDS], w = post.chunk[i / WORDS].word[i % WORDS];
-            const bool has_weight = post_weight != nullptr;
-            two = pack_bf16((low_half(two) + normed(low_half(more), scale, has_weight, low_half(w), weight_offset)) * scalar,
-                            (high_half(two) + normed(high_half(more), scale, has_weight, high_half(w), weight_offset)) * scalar);
-        }
-        row.store(residual + at, hidden);
-        Row& next = added;                                      // in flight during the second sum; registers are short
-        next.load(next_weight, hidden);
-        apply_norm(row, inverse_rms(row, hidden, eps, block_sum), true, next, weight_offset);
-        row.store(y + at, hidden);
+    const bool has_weight = post_weight != nullptr;
+    Row added, row, post;
+    added.load(branch + at, hidden);
+    row.load(residual + at, hidden);
+    post.load(post_weight, hidden);
+    const float scale = has_weight ? inverse_rms(added, hidden, eps, block_sum) : 1.f;
+    #pragma unroll
+    for (int i = 0; i < CHUNKS * WORDS; ++i) {
+        u32& two = row.chunk[i / WORDS].word[i % WORDS];
+        const u32 more = added.chunk[i / WORDS].word[i % WORDS], w = post.chunk[i / WORDS].word[i % WORDS];
+        const float low = normed(low_half(more), scale, has_weight, low_half(w), weight_offset);
+        const float high = normed(high_half(more), scale, has_weight, high_half(w), weight_offset);
+        two = pack_bf16((low_half(two) + low) * scalar, (high_half(two) + high) * scalar);
     }
+    row.store(residual + at, hidden);
+    Row& next = added;                      // loaded only now, to save registers; it arrives during the second sum
+    next.load(next_weight, hidden);
+    apply_norm(row, inverse_rms(row, hidden, eps, block_sum), true, next, weight_offset);
+    row.store(y + at, hidden);
 }

@@ -20,7 +20,7 @@ __device__ __forceinline__ void cos_sin(float x, float* cos, float* sin) {
 // rope_angles:  out[t,0,j] = cos(a), out[t,1,j] = sin(a),  a = positions[t] * inv_freq[j] rounded to float32
 //
 //   positions [n_tokens] i32, below 2^24   inv_freq [n_pairs] f32, at most 1   out [n_tokens, 2, n_pairs] f32
-//   grid (n_tokens, n_pairs / 256 rounded up), block 256: a thread an angle; bound by memory, and by latency where small
+//   grid (n_tokens, parts of n_pairs), block up to 256: a thread has an angle; bound by memory, by latency where small
 //   traffic  4 * n_tokens + 4 * n_pairs + 8 * n_tokens * n_pairs
 extern "C" __global__ void __launch_bounds__(ANGLE_THREADS) rope_angles(
         const int* positions, const float* inv_freq, OUT float* out, int n_pairs) {

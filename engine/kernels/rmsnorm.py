@@ -8,7 +8,6 @@ from engine.kernels.source import BF16, Kernel
 
 RMS_NORM, ADD_NORM = Kernel("rmsnorm.cu", "rms_norm"), Kernel("rmsnorm.cu", "add_norm")
 MULTIPLE = 4                    # of every hidden: 8 bytes are the least that a thread reads at once
-MOST_BLOCKS = 132 * 8           # of an H200: its multiprocessors, and about as many blocks as one of them holds
 # bf16 values of a thread. Rows of up to 2048 are spread thin, for the latency of one token; wider ones keep blocks of
 # moderate size, 224 threads for 5376, so that others load while one adds up.
 NARROW, THIN, THICK = 2048, 8, {8: 24, 4: 32}       # by width: 8-byte accesses take more registers
@@ -16,7 +15,7 @@ MOST_HIDDEN = 16384             # for so many rmsnorm.cu has registers
 
 
 class Geometry(NamedTuple):
-    """width: values of one access; chunks: accesses of a thread; n_threads: of a block, which has one row at a time."""
+    """width: values of one access; chunks: accesses of a thread; n_threads: of a block, which has one row."""
 
     width: int
     chunks: int
@@ -65,8 +64,7 @@ def _launch(kernel, dims, arrays, eps, weight_offset):
     if hidden % MULTIPLE or not 0 < hidden <= MOST_HIDDEN:
         raise ShapeError(f"{kernel.entry}: hidden is {hidden}, expected a multiple of {MULTIPLE} up to {MOST_HIDDEN}")
     width, chunks, n_threads = geometry(hidden)
-    kernel(WIDTH=width, CHUNKS=chunks).launch((min(dims.n_rows, MOST_BLOCKS),), (n_threads,),
-                                              (*arrays, dims.n_rows, hidden, eps, weight_offset))
+    kernel(WIDTH=width, CHUNKS=chunks).launch((dims.n_rows,), (n_threads,), (*arrays, hidden, eps, weight_offset))
 
 
 def variants(spec, max_tokens):

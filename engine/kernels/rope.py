@@ -8,6 +8,7 @@ from engine.kernels.source import BF16, Kernel
 
 ROPE_ANGLES, QK_NORM_ROPE_CACHE = Kernel("rope.cu", "rope_angles"), Kernel("rope.cu", "qk_norm_rope_cache")
 ANGLE_THREADS = 256
+ANY = {"WIDTH": 4, "CHUNKS": 1}  # of rope.cu, for the kernel that needs none of them
 THREADS = 128
 MULTIPLE, MOST_HEAD_DIM = 4, 512
 ENOUGH_BLOCKS = 132 * 16        # fill an H200; a token's heads share a block from that many tokens on
@@ -41,9 +42,9 @@ def rope_angles(positions, inv_freq, out):
     """
     dims = match("rope_angles", positions=(positions, "n_tokens", "int32"), inv_freq=(inv_freq, "n_pairs", "float32"),
                  out=(out, "n_tokens 2 n_pairs", "float32"))
-    width, chunks, _ = geometry(MOST_HEAD_DIM)
-    ROPE_ANGLES(WIDTH=width, CHUNKS=chunks).launch((dims.n_tokens, -(-dims.n_pairs // ANGLE_THREADS)),
-                                                   (ANGLE_THREADS,), (positions, inv_freq, out, dims.n_pairs))
+    n_threads = min(ANGLE_THREADS, -(-dims.n_pairs // 32) * 32)
+    n_parts = -(-dims.n_pairs // ANGLE_THREADS)
+    ROPE_ANGLES(**ANY).launch((dims.n_tokens, n_parts), (n_threads,), (positions, inv_freq, out, dims.n_pairs))
 
 
 def qk_norm_rope_cache(qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, *, n_heads, v_norm, v_is_k, eps,
@@ -86,8 +87,7 @@ def qk_norm_rope_cache(qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, *, 
 
 def variants(spec, max_tokens):
     """(Build, threads of a block, dynamic shared memory) of all that a ModelSpec launches."""
-    width, chunks, _ = geometry(MOST_HEAD_DIM)
-    yield ROPE_ANGLES(WIDTH=width, CHUNKS=chunks), ANGLE_THREADS, 0
+    yield ROPE_ANGLES(**ANY), ANGLE_THREADS, 0
     for head_dim in dict.fromkeys(layer.attention.head_dim for layer in spec.layers):
         width, chunks, _ = geometry(head_dim)
         yield QK_NORM_ROPE_CACHE(WIDTH=width, CHUNKS=chunks), THREADS, 0

@@ -1,15 +1,15 @@
 """What the comment above a kernel declares, for tests that hold it to that."""
 
 import re
+from itertools import pairwise
 
-from engine.kernels.source import folder
+from engine.kernels.source import ENTRY, folder
 
 
 def least_bytes(file, entry, **names):
     """The value of the `traffic` line above `entry` in cuda/<file>, over the names of its dimensions."""
-    above = (folder() / file).read_text().split('extern "C"')
-    for comment, kernel in zip(above, above[1:], strict=False):
-        if re.search(r"(\w+)\s*\((?:\s|const|OUT|\w+\*)", kernel.replace("__launch_bounds__", ""))[1] == entry:
+    for comment, kernel in pairwise((folder() / file).read_text().split('extern "C"')):
+        if ENTRY.match('extern "C"' + kernel)[1] == entry:
             return eval(re.findall(r"^//   traffic  (.+)$", comment, re.MULTILINE)[-1], {}, names)
     raise AssertionError(f"{file} has no kernel {entry}")
 

@@ -5,7 +5,7 @@ import pytest
 
 from engine import reference
 from engine.errors import ShapeError
-from engine.kernels.rmsnorm import MOST_BLOCKS, add_norm, geometry, rms_norm
+from engine.kernels.rmsnorm import add_norm, geometry, rms_norm
 from tests.kernels.closeness import BF16, assert_ulps, bf16, f64
 from tests.kernels.declared import assert_least_traffic, least_bytes
 
@@ -67,12 +67,9 @@ def test_a_row_has_the_same_bits_in_any_batch(lane, hidden):
     np.testing.assert_array_equal(backwards.view(np.uint16), together.view(np.uint16))
 
 
-@pytest.mark.parametrize("n_rows", [MOST_BLOCKS, 2 * MOST_BLOCKS + 3])
 @pytest.mark.parametrize("hidden", [16, 288])
-def test_more_rows_than_blocks(lane, n_rows, hidden):
-    if lane.name == "emulated" and hidden > 16 and n_rows > MOST_BLOCKS:
-        n_rows = MOST_BLOCKS + 40                               # the emulator takes its time over several warps
-    x = normals(np.random.default_rng(n_rows), n_rows, hidden)
+def test_many_rows(lane, hidden):
+    x = normals(np.random.default_rng(hidden), 1000, hidden)
     assert_ulps(run_rms_norm(lane, x, None), twin_rms_norm(x, None))
 
 
@@ -187,7 +184,7 @@ def test_add_norm_of_no_rows(lane):
 def test_add_norm_refuses_what_does_not_fit(lane, changed):
     shapes = {"residual": (2, 16), "branch": (2, 16), "post": (16,), "following": (16,), "scalar": (1,), **changed}
     residual, branch, post, following, scalar = (np.zeros(shape, BF16) for shape in shapes.values())
-    with pytest.raises(ShapeError, match="^add_norm: "):
+    with pytest.raises(ShapeError, match=r"^add_norm: "):
         run_add_norm(lane, residual, branch, post, following, 0.0, scalar)
 
 
