@@ -19,5 +19,5 @@ class KernelError(RuntimeError):
     """A kernel does not compile, or did what it must not: our fault, never a caller's."""
 
 
-__all__ = ["CheckpointError", "ConfigError", "KernelError", "MemoryPlanError", "ParamsError", "PromptError", "RawgemError",
-           "ShapeError"]
+__all__ = ["CheckpointError", "ConfigError", "KernelError", "MemoryPlanError", "ParamsError", "PromptError",
+           "RawgemError", "ShapeError"]

@@ -79,7 +79,7 @@ class LLM:
                                       "generated_tokens"), 0)
 
     def _open_model(self):
-        """Plans the memory, loads the weights, takes the KV cache and the workspace; returns the Step that runs them."""
+        """Plans the memory, loads the weights, takes KV cache and workspace; returns the Step that runs them."""
         spec, config, lane = self.spec, self.config, self.lane
         if lane.stages:
             lane.ops.check(spec)
@@ -90,11 +90,13 @@ class LLM:
             with self._bar(n_bytes, "loading", unit="B", unit_scale=True) as bar:
                 self.weights = load(spec, checkpoint, accounts, lane, bar.update)
         pools = self._plan.pools
-        self.kv_cache = KVCache([pool.spec for pool in pools], [pool.n_pages for pool in pools], config.page_size, lane)
+        self.kv_cache = KVCache([pool.spec for pool in pools], [pool.n_pages for pool in pools], config.page_size,
+                                lane)
         workspace = Workspace(spec, config.max_batch_tokens, config.max_seqs, lane)
         layers = LayerScheduler(spec, self.weights, self.kv_cache, workspace, lane)
         stager = Stager(spec, self.kv_cache, self.max_seq_len, lane) if lane.stages else None
-        self.graphs = GraphCache(lane, workspace.max_logit_rows, lane.has_graphs and bool(config.graphs) and config.gemm == "own")
+        can_capture = lane.has_graphs and config.gemm == "own"
+        self.graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
         return Step(layers, workspace, lane, stager, self.graphs)
 
     @property

@@ -15,8 +15,8 @@ class Step:
         self._stager, self.graphs, self._decode_inputs = stager, graphs, {}
 
     def run(self, batch):
-        """Computes `batch`; returns what is sampled for each row of batch.to_sample: [(token, top)], where top is None or
-        (log-probability of the token, [(token id, log-probability)] of the likeliest)."""
+        """Computes `batch`; returns what is sampled for each row of batch.to_sample: [(token, top)], where top is None
+        or (log-probability of the token, [(token id, log-probability)] of the likeliest)."""
         with self.lane.running():
             if self.graphs.enabled and batch.is_decode and not _most_logprobs(batch):
                 inputs = self._decode_inputs_for(len(batch.to_sample))

@@ -5,11 +5,12 @@ from math import prod
 
 import numpy as np
 
-from engine.kernels.paged import PagedInputs, blocks, plan, work_capacity
+from engine.kernels.paged import ITEM, PagedInputs, blocks, plan, work_capacity
 from engine.sampler import NO_EDITS, LogitEdits, SamplingBatch
 
 ALIGNED = 16                # bytes: whatever a kernel loads at once begins on such a boundary
 EDITS_A_ROW = 512           # LogitEdits that a captured decode step has room for, a sequence
+EDITS_OF_ROWS = ("edits.repetition", "edits.presence", "edits.frequency")       # the others are one an edit
 
 
 class Packed:
@@ -123,22 +124,21 @@ class Stager:
 
     def decode(self, n_seqs):
         """The DecodeInputs for up to n_seqs sequences."""
-        specs, size = self._kv_cache.specs, self._kv_cache.page_size
         n_edits = n_seqs * EDITS_A_ROW
-        shapes = {"token_ids": (n_seqs,), "positions": (n_seqs,), "take_rows": (0,), "take_next": (0,),
-                  "sample_rows": (n_seqs,), "context_lens": (n_seqs,), "cu_seqlens": (n_seqs + 1,)}
-        places = {name: (np.int32, shape) for name, shape in shapes.items()}
-        for p, spec in enumerate(specs):
-            n_items = work_capacity(n_seqs, spec.n_kv_heads, spec.head_dim)
-            shapes = {f"page_begin{p}": (n_seqs,), f"slots{p}": (n_seqs,), f"work{p}.decode": (n_items, 4),
-                      f"work{p}.n_decode": (1,), f"work{p}.prefill": (0, 4), f"work{p}.n_prefill": (1,)}
-            places |= {name: (np.int32, shape) for name, shape in shapes.items()}
-        for prefix, columns in (("sampling", SamplingBatch.build(())), ("edits", NO_EDITS)):
-            per_row = ("repetition", "presence", "frequency") if prefix == "edits" else columns.__dict__
-            places |= {f"{prefix}.{name}": (column.dtype, (n_seqs if name in per_row else n_edits,))
-                       for name, column in columns.__dict__.items()}
-        most = sum(min(allocator.n_pages, n_seqs * -(-self._max_seq_len // size)) for allocator in self._kv_cache.allocators)
-        places |= {"edits.n_edits": (np.int32, (1,)), "page_table": (np.int32, (most,))}
+        ints = {"token_ids": (n_seqs,), "positions": (n_seqs,), "take_rows": (0,), "take_next": (0,),
+                "sample_rows": (n_seqs,), "context_lens": (n_seqs,), "cu_seqlens": (n_seqs + 1,), "edits.n_edits": (1,)}
+        n_pages = 0
+        for p, (spec, pages) in enumerate(zip(self._kv_cache.specs, self._kv_cache.allocators, strict=True)):
+            ints |= {f"page_begin{p}": (n_seqs,), f"slots{p}": (n_seqs,), f"work{p}.n_decode": (1,),
+                     f"work{p}.decode": (work_capacity(n_seqs, spec.n_kv_heads, spec.head_dim), ITEM),
+                     f"work{p}.n_prefill": (1,), f"work{p}.prefill": (0, ITEM)}
+            n_pages += min(pages.n_pages, n_seqs * -(-self._max_seq_len // self._kv_cache.page_size))
+        places = {name: (np.int32, shape) for name, shape in ints.items()}
+        places |= {name: (column.dtype, (n_seqs,))
+                   for name, column in _columns("sampling", SamplingBatch.build(())).items()}
+        places |= {name: (column.dtype, (n_seqs if name in EDITS_OF_ROWS else n_edits,))
+                   for name, column in _columns("edits", NO_EDITS).items()}
+        places |= {"page_table": (np.int32, (n_pages,))}
         packed = Packed(self._lane.step_buffer(Packed.n_bytes(places)), places)
         return DecodeInputs(packed, self._staged(packed.device), self._arrays, n_edits)
 
@@ -157,7 +157,8 @@ class Stager:
             arrays |= {f"slots{p}": pool.slots, **self._work(f"work{p}", p, pool)}
         if batch.kept is not None:
             kept = batch.kept_pool(self._last)
-            arrays |= {"kept": batch.kept, "kept_cu_seqlens": kept.cu_seqlens, **self._work("kept_work", self._last, kept)}
+            arrays |= {"kept": batch.kept, "kept_cu_seqlens": kept.cu_seqlens,
+                       **self._work("kept_work", self._last, kept)}
         return arrays | {"page_table": np.concatenate([pool.page_table for pool in batch.pools])}
 
     def _work(self, name, p, pool):
@@ -171,7 +172,9 @@ class Stager:
         """The StagedBatch of arrays on the lane."""
         pools = tuple(self._paged(arrays, p, f"work{p}", "cu_seqlens") for p in range(len(self._kv_cache.specs)))
         kept = arrays.get("kept")
-        kept_pools = {} if kept is None else {self._last: self._paged(arrays, self._last, "kept_work", "kept_cu_seqlens")}
+        kept_pools = {}
+        if kept is not None:
+            kept_pools[self._last] = self._paged(arrays, self._last, "kept_work", "kept_cu_seqlens")
         return StagedBatch(arrays["token_ids"], arrays["positions"], kept, pools, kept_pools, arrays["take_rows"],
                            arrays["take_next"], arrays["sample_rows"], _of(StagedEdits, "edits", arrays),
                            _of(SamplingBatch, "sampling", arrays))
@@ -179,8 +182,8 @@ class Stager:
     def _paged(self, arrays, p, work, cu_seqlens):
         n_kv_heads = self._kv_cache.specs[p].n_kv_heads
         decode, prefill = arrays[f"{work}.decode"], arrays[f"{work}.prefill"]
-        return PagedInputs(slots=arrays[f"slots{p}"], page_table=arrays["page_table"], page_begin=arrays[f"page_begin{p}"],
-                           context_lens=arrays["context_lens"], cu_seqlens=arrays[cu_seqlens], last_visible=None,
+        return PagedInputs(slots=arrays[f"slots{p}"], page_table=arrays["page_table"],
+                           page_begin=arrays[f"page_begin{p}"], context_lens=arrays["context_lens"], cu_seqlens=arrays[cu_seqlens], last_visible=None,
                            page_size=self._kv_cache.page_size, decode_work=decode,
                            n_decode_work=arrays[f"{work}.n_decode"], n_decode_blocks=blocks(len(decode), n_kv_heads),
                            prefill_work=prefill, n_prefill_work=arrays[f"{work}.n_prefill"],

@@ -43,8 +43,8 @@ def test_golden_logits_are_as_close_as_bfloat16_allows(golden, opened):
 
 
 def test_golden_greedy_tokens(golden, opened):
-    """Decoding picks what the oracle picked, up to the first step whose two likeliest are nearer than twice the observed
-    error; after the oracle's own text, also wherever they are farther apart."""
+    """Decoding picks what the oracle picked, up to the first step whose two likeliest are nearer than twice the
+    observed error; after the oracle's own text, also wherever they are farther apart."""
     n_new = len(golden.greedy(0))
     outputs = opened.generate(golden.prompts, SamplingParams(temperature=0, ignore_eos=True, max_tokens=n_new))
     n_clear = n_equal = 0
@@ -82,7 +82,7 @@ def test_logits_are_the_same_bits_however_a_prompt_is_cut(same_bits, arguments, 
 
 def test_logits_are_the_same_bits_in_any_order_of_the_batch(same_bits, open_llm):
     golden, alone = same_bits
-    order = [*range(len(golden.prompts))][::-1] + [0, 1]
+    order = [*reversed(range(len(golden.prompts))), 0, 1]
     got = open_llm(golden.checkpoint).forward([golden.prompts[i] for i in order], return_logits="all").logits
     for i, logits in zip(order, got, strict=True):
         np.testing.assert_array_equal(logits.view(np.uint32), alone[i].view(np.uint32))

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import LLM, memory_plan, plan
-from engine import reference
+from engine import LLM, memory_plan, plan, reference
 from engine.backend import HostLane
 from engine.config import EngineConfig
 from engine.errors import ConfigError, MemoryPlanError
@@ -123,7 +122,8 @@ def test_pools_of_any_size(spec, kv_bytes, page_size, max_seqs, max_batch_tokens
     try:
         got = plan_memory(spec, config, reference, 4, memory_bytes=10**9)
     except MemoryPlanError:
-        one_page_each = plan_memory(spec, EngineConfig(page_size=page_size, max_seq_len=1), reference, 4, memory_bytes=10**9)
+        small = EngineConfig(page_size=page_size, max_seq_len=1)
+        one_page_each = plan_memory(spec, small, reference, 4, memory_bytes=10**9)
         assert needs(one_page_each.pools, 1) > kv_bytes
         return
     n = got.max_seq_len
@@ -184,7 +184,8 @@ def test_the_host_lends_a_quarter(monkeypatch):
     quarter = (40_000_000 - got.weights_bytes - got.workspace_bytes) // 4
     assert got.memory_bytes == 40_000_000
     assert quarter - sum(pool.page_bytes for pool in got.pools) < got.kv_bytes <= quarter
-    assert plan_memory(spec, EngineConfig(kv_cache_bytes=3 * quarter), reference, 4).kv_bytes > 2 * quarter     # when told to
+    told = EngineConfig(kv_cache_bytes=3 * quarter)
+    assert plan_memory(spec, told, reference, 4).kv_bytes > 2 * quarter
     monkeypatch.setattr(memory_plan, "host_memory_left", lambda: 1000)
     with pytest.raises(MemoryPlanError, match="1000 bytes cannot hold"):
         plan_memory(spec, EngineConfig(), reference, 4)

@@ -191,13 +191,18 @@ def launch(how, x, weight, out, scratch, residual=None, activation=0):
 
 def shapes(spec):
     """(n_rows, n_in) of every weight that a ModelSpec multiplies by."""
+    yield from layer_shapes(spec)
+    yield spec.vocab, spec.hidden
+
+
+def layer_shapes(spec):
+    """The same without the head, whose product is taken of the rows whose logits are wanted only."""
     for layer in spec.layers:
         attention, intermediate = layer.attention, layer.mlp.intermediate
         yield attention.qkv_width, spec.hidden
         yield spec.hidden, attention.q_width
         yield 2 * intermediate, spec.hidden
         yield spec.hidden, intermediate
-    yield spec.vocab, spec.hidden
 
 
 def variants(spec, max_tokens):

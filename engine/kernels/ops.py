@@ -1,34 +1,31 @@
-"""The op table of the lanes that run kernels, `cuda` and `emulated`: the launchers by the names of engine/reference.py."""
+"""The op table of the lanes that run kernels, `cuda` and `emulated`: launchers, by the names of engine/reference.py."""
 
 from types import SimpleNamespace
 
 from engine.errors import ConfigError
-from engine.kernels import attention as attention_kernels
-from engine.kernels import cublas, gemm, sampling
+from engine.kernels import cublas, gemm, paged, sampling
 from engine.kernels.activation import logit_softcap
 from engine.kernels.attention import attention
 from engine.kernels.embedding import embed, select_rows
 from engine.kernels.gemm import gated_linear, linear
-from engine.kernels.paged import geometry, split_keys
 from engine.kernels.rmsnorm import add_norm, rms_norm
 from engine.kernels.rope import qk_norm_rope_cache, rope_angles
 from engine.kernels.sampling import apply_edits, sample, top_logprobs
 
-__all__ = ["add_norm", "apply_edits", "attention", "check", "embed", "explain", "gated_linear", "linear", "logit_softcap",
-           "qk_norm_rope_cache", "rms_norm", "rope_angles", "sample", "scratch_size", "select_rows", "top_logprobs"]
+__all__ = ["add_norm", "apply_edits", "attention", "check", "embed", "explain", "gated_linear", "linear",
+           "logit_softcap", "qk_norm_rope_cache", "rms_norm", "rope_angles", "sample", "scratch_size", "select_rows",
+           "top_logprobs"]
 
 MOST_HEAD_DIM, MOST_GROUP, MULTIPLE = 512, 16, 4
 
 
 def scratch_size(spec, max_tokens, max_logit_rows):
     """(floats, counters) of the Scratch that the ops of a ModelSpec want: the most that one of them wants."""
-    sizes = [gemm.scratch_size(spec.vocab, spec.hidden, max_logit_rows), sampling.scratch_size(max_logit_rows, spec.vocab)]
-    for attention, mlp in dict.fromkeys((layer.attention, layer.mlp) for layer in spec.layers):
-        sizes += [gemm.scratch_size(n_out, n_in, max_tokens) for n_out, n_in in (
-            (attention.qkv_width, spec.hidden), (spec.hidden, attention.q_width),
-            (2 * mlp.intermediate, spec.hidden), (spec.hidden, mlp.intermediate))]
-        sizes.append(attention_kernels.scratch_size(attention.n_kv_heads, attention.head_dim, spec.max_positions,
-                                                    attention.window))
+    sizes = [sampling.scratch_size(max_logit_rows, spec.vocab)]
+    sizes += [gemm.scratch_size(*shape, max_tokens) for shape in gemm.layer_shapes(spec)]
+    sizes.append(gemm.scratch_size(spec.vocab, spec.hidden, max_logit_rows))
+    sizes += [paged.scratch_size(a.n_kv_heads, a.head_dim, spec.max_positions, a.window)
+              for a in dict.fromkeys(layer.attention for layer in spec.layers)]
     return tuple(map(max, zip(*sizes, strict=True)))
 
 
@@ -71,6 +68,6 @@ def explain(spec, max_tokens):
         yield f"  [{n_rows}, {n_in}]: " + (f"{n_splits} sums of {length}, whose blocks fill the machine for one token"
                                            if n_splits > 1 else "one sum")
     for a in dict.fromkeys(layer.attention for layer in spec.layers):
-        decode, prefill = (geometry(a.head_dim, is_decode) for is_decode in (True, False))
-        yield (f"{a.kind} attention, head_dim {a.head_dim}: {decode.rows} rows a block for decoding and {prefill.rows} for "
-               f"prefill, tiles of {decode.keys} keys, partial sums every {split_keys(a.n_kv_heads, a.window)} keys")
+        decode, prefill = (paged.geometry(a.head_dim, is_decode) for is_decode in (True, False))
+        yield (f"{a.kind} attention, head_dim {a.head_dim}: {decode.rows} rows a block for decoding, {prefill.rows} "
+               f"for prefill; tiles of {decode.keys} keys, partial sums every {paged.split_keys(a.n_kv_heads, a.window)}")
