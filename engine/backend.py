@@ -108,7 +108,7 @@ def ops_of(kind, gemm="own"):
     """The op table of a lane; `gemm` is the LLM argument."""
     if kind == "cpu":
         return reference
-    from engine.kernels import ops      # not needed to import the engine
+    from engine.kernels import ops  # not needed to import the engine
     return ops.with_cublas() if kind == "cuda" and gemm == "cublas" else ops
 
 

@@ -4,6 +4,7 @@ Of CuPy it uses memory, copies, streams, events and graphs, never its elementwis
 headers, and every kernel of a step is our own. CuPy is imported when a lane is opened.
 """
 
+import gc
 from contextlib import contextmanager, suppress
 
 import numpy as np
@@ -42,6 +43,7 @@ class CudaLane:
         _check_device(self.cupy, index)
         self.ops, self.dtype = ops, np.dtype(dtype)
         self.device = self.cupy.cuda.Device(index)
+        self._step_buffers = []
         with self.device:
             self.stream = self.cupy.cuda.Stream(non_blocking=True)
 
@@ -81,7 +83,9 @@ class CudaLane:
         return array.get(self.stream)
 
     def step_buffer(self, n_bytes):
-        return StepBuffer(self, n_bytes)
+        """Lives as long as the lane: when its owner drops it for a larger one, copies may be on their way out of it."""
+        self._step_buffers.append(StepBuffer(self, n_bytes))
+        return self._step_buffers[-1]
 
     @contextmanager
     def loading(self):
@@ -105,6 +109,7 @@ class CudaLane:
 
     def memory_bytes(self):
         """What there is to plan with: memory of the GPU that nobody has taken."""
+        gc.collect()                                        # an engine that was dropped may hold its memory in a cycle
         self.cupy.get_default_memory_pool().free_all_blocks()
         with self.device:
             return self.cupy.cuda.runtime.memGetInfo()[0]

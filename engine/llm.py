@@ -94,7 +94,7 @@ class LLM:
                                 lane)
         workspace = Workspace(spec, config.max_batch_tokens, config.max_seqs, lane)
         layers = LayerScheduler(spec, self.weights, self.kv_cache, workspace, lane)
-        stager = Stager(spec, self.kv_cache, self.max_seq_len, lane) if lane.stages else None
+        stager = Stager(spec, self.kv_cache, self.max_seq_len, config.max_batch_tokens, lane) if lane.stages else None
         can_capture = lane.has_graphs and config.gemm == "own"
         self.graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
         return Step(layers, workspace, lane, stager, self.graphs)

@@ -105,18 +105,21 @@ class DecodeInputs:
 class Stager:
     """Brings the batches of one engine to its lane."""
 
-    def __init__(self, spec, kv_cache, max_seq_len, lane, n_bytes=1 << 16):
+    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, lane):
         self._lane, self._kv_cache, self._max_seq_len = lane, kv_cache, max_seq_len
         self._heads = spec.layers[0].attention.n_heads
         self._last = kv_cache.layer_slot[len(spec.layers) - 1][0]
-        self._buffer = lane.step_buffer(n_bytes)
+        n_ints = 16 * max_tokens + sum(
+            pages.n_pages + ITEM * work_capacity(max_tokens, pool.n_kv_heads, pool.head_dim)
+            for pool, pages in zip(kv_cache.specs, kv_cache.allocators, strict=True))
+        self._buffer = lane.step_buffer(4 * n_ints + (1 << 16))         # of edits there may be more
 
     def __call__(self, batch):
         """The StagedBatch of a Batch; it is good until the next one."""
         arrays = self._arrays(batch)
         fields = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         n_bytes = Packed.n_bytes(fields)
-        if n_bytes > len(self._buffer.host):                # at most twice as large as was ever needed
+        if n_bytes > len(self._buffer.host):                # penalties on long texts
             self._buffer = self._lane.step_buffer(2 * n_bytes)
         packed = Packed(self._buffer, fields)
         packed.send(arrays)
@@ -183,7 +186,8 @@ class Stager:
         n_kv_heads = self._kv_cache.specs[p].n_kv_heads
         decode, prefill = arrays[f"{work}.decode"], arrays[f"{work}.prefill"]
         return PagedInputs(slots=arrays[f"slots{p}"], page_table=arrays["page_table"],
-                           page_begin=arrays[f"page_begin{p}"], context_lens=arrays["context_lens"], cu_seqlens=arrays[cu_seqlens], last_visible=None,
+                           page_begin=arrays[f"page_begin{p}"], context_lens=arrays["context_lens"],
+                           cu_seqlens=arrays[cu_seqlens], last_visible=None,
                            page_size=self._kv_cache.page_size, decode_work=decode,
                            n_decode_work=arrays[f"{work}.n_decode"], n_decode_blocks=blocks(len(decode), n_kv_heads),
                            prefill_work=prefill, n_prefill_work=arrays[f"{work}.n_prefill"],

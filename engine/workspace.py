@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-
 MOST_TOP = 1024             # likeliest tokens a row that the lane finds; more are found on the host
 
 
@@ -22,7 +21,7 @@ def ropes(spec):
 
 
 class Workspace:
-    """Flat buffers by name; `rows(name, n, width)` is n rows of one, contiguous, and `flat(name, n)` its first n values.
+    """Flat buffers by name; `rows(name, n, width)` is n rows of one, contiguous, `flat(name, n)` its first n values.
 
     In the lane's dtype:
     residual, normed, branch, kept   [max_tokens, hidden]

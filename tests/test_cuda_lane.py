@@ -186,6 +186,17 @@ def test_a_step_buffer_keeps_what_is_not_written_and_sends_no_more_than_asked(gp
     assert buffer.device.data.ptr == at
 
 
+def test_a_step_buffer_dropped_for_a_larger_one_arrives(lane):
+    """Its copy is still on its way when the next buffer is made."""
+    out = lane.zeros((2, 16), np.float32)
+    for i, n_bytes in enumerate((64, 128)):
+        buffer = lane.step_buffer(n_bytes)
+        buffer.host[:64].view(np.float32)[...] = i + 1
+        buffer.send(64)
+        SCALE().launch((1,), (32,), (buffer.device[:64].view(np.float32), out[i], 16, 1.0))
+    assert lane.to_host(out).tolist() == [[1.0] * 16, [2.0] * 16]
+
+
 # --- weights
 
 def load_ranges(lane, n_bytes, size, dtype=np.float32):

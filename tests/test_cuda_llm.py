@@ -1,6 +1,7 @@
 """Whole models on device "cuda", on a stand-in for CuPy: the emulated lane's bits, graphs that change nothing, and
 steps that allocate nothing, copy in once and read back once."""
 
+import gc
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -31,7 +32,7 @@ def open_llm(case, device="cuda", **arguments):
 
 
 def prompts_of(case, n=4):
-    return [prompt[:40] for prompt in Golden(case).prompts[:n]]
+    return [prompt[:20] for prompt in Golden(case).prompts[:n]]
 
 
 def watch(llm, look):
@@ -158,6 +159,20 @@ def test_the_plan_is_that_of_the_gpus_memory(gpu):
     with pytest.raises(MemoryPlanError):
         open_llm(CASES[0], memory_fraction=0.001)
     assert gpu.counts["allocations"] == before["allocations"]
+
+
+def test_an_engine_that_was_dropped_leaves_its_memory_to_the_next(gpu):
+    plans = []
+    gc.disable()
+    try:
+        for _ in range(2):
+            llm = open_llm(CASES[0])
+            llm.forward([prompts_of(CASES[0])[0]])
+            plans.append(llm.plan().memory_bytes)
+            del llm
+    finally:
+        gc.enable()
+    assert plans[0] == plans[1]
 
 
 def test_a_step_interrupted_leaves_an_engine_that_goes_on(gpu):
