@@ -73,6 +73,26 @@ struct Copies {
     }
 };
 
+// Gated, 8 rows of gate and the 8 of up for the same outputs alternate in a tile: a thread's fragment holds both.
+__device__ __forceinline__ Copies copies_of(const bf16* x, const bf16* weight, int n_tokens, int n_out, int n_in, int out0,
+                                            int token0, int k0, int k_end, bool is_gated) {
+    const int row = threadIdx.x / chunks, chunk = threadIdx.x % chunks, k = k0 + chunk * 8;
+    const int first_out = out0 + (is_gated ? row / 16 * 8 + row % 8 : row), first_token = token0 + row;
+    const int out_step = is_gated ? rows_per_pass / 2 : rows_per_pass;
+    const int first_row = min(first_out, n_out - 1) + (is_gated && row % 16 >= 8 ? n_out : 0);
+    Copies c;
+    c.weights = weight + ((size_t)first_row * n_in + (k < n_in ? k : 0));
+    c.tokens = x + ((size_t)min(first_token, n_tokens - 1) * n_in + (k < n_in ? k : 0));
+    c.weight_step = out_step * n_in;
+    c.token_step = rows_per_pass * n_in;
+    c.rows = c.columns = 0;
+    for (int p = 0; p < ROWS / rows_per_pass; ++p) c.rows |= (u32)(first_out + p * out_step < n_out) << p;
+    for (int p = 0; p * rows_per_pass < TOKENS; ++p) c.columns |= (u32)(first_token + p * rows_per_pass < n_tokens) << p;
+    c.n_left = k_end - k;
+    c.target = row * DEPTH + (chunk ^ swizzle(row)) * 8;
+    return c;
+}
+
 // Fragments of a stage at 16 of its k: a 16-row block of weights, and all the warp's tokens.
 __device__ __forceinline__ void load_rows(u32 (&a)[4], const bf16* stage, int warp_row, int i, int k16) {
     const int lane = threadIdx.x % 32, row = warp_row + lane % 16;
@@ -115,11 +135,15 @@ __device__ __forceinline__ void multiply(Sums& sum, const bf16* stage, int warp_
     }
 }
 
+// Calls visit(four sums, their place in partials). No load crosses __syncwarp: without it the compiler starts them all at
+// once, and has no registers left for what they return.
 template <class F> __device__ __forceinline__ void each_quad(Sums& sum, F visit) {
     #pragma unroll
-    for (int i = 0; i < blocks_of_rows; ++i)
+    for (int i = 0; i < blocks_of_rows; ++i) {
         #pragma unroll
         for (int j = 0; j < blocks_of_tokens; ++j) visit(sum[i][j], (i * blocks_of_tokens + j) * n_threads);
+        __syncwarp();
+    }
 }
 
 __device__ __forceinline__ void clear(Sums& sum) {
@@ -160,7 +184,35 @@ __device__ __forceinline__ bool join_splits(Sums& sum, float4* tile_partials, in
     return true;
 }
 
-extern "C" __global__ void __launch_bounds__(n_threads) gemm(
+// Keeps what the lanes of a fragment write to consecutive tokens of a staged tile in different banks.
+__device__ __forceinline__ int bank_mask(int token) { return token / 2 % 4 * 8; }
+
+// Puts the results into shared memory as [TOKENS][width], columns by exclusive or with the token's bank_mask.
+template <bool is_gated>
+__device__ __forceinline__ void lay_out(const Sums& sum, float* staged, int warp_row, int warp_token, int activation) {
+    constexpr int width = is_gated ? ROWS / 2 : ROWS;
+    const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4, mask = bank_mask(2 * pair);
+    #pragma unroll
+    for (int i = 0; i < blocks_of_rows; ++i)
+        #pragma unroll
+        for (int j = 0; j < blocks_of_tokens; ++j) {
+            const float (&s)[4] = sum[i][j];
+            float* const to = staged + (warp_token + 8 * j + 2 * pair) * width;
+            if constexpr (is_gated) {
+                const int column = (warp_row / 2 + 8 * i + group) ^ mask;
+                to[column] = activate(s[0], activation) * s[2];
+                to[column + width] = activate(s[1], activation) * s[3];
+            } else {
+                const int row = warp_row + 16 * i + group;
+                to[row ^ mask] = s[0];
+                to[(row ^ mask) + width] = s[1];
+                to[(row + 8) ^ mask] = s[2];
+                to[((row + 8) ^ mask) + width] = s[3];
+            }
+        }
+}
+
+extern "C" __global__ void __launch_bounds__(n_threads, 2) gemm(
         const bf16* x, const bf16* weight, const bf16* residual, OUT bf16* out, OUT float* out_f32, float* partials,
         int* counters, int n_tokens, int n_out, int n_in, int n_splits, int split_length, int parts, int activation) {
     DYNAMIC_SMEM(smem);
@@ -168,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(n_threads) gemm(
     const bool is_gated = activation != NONE;
     const int width = is_gated ? ROWS / 2 : ROWS;                       // outputs of a tile
     const int n_row_tiles = ceil_div(n_out, width), n_token_tiles = ceil_div(n_tokens, TOKENS);
-    const int warp = threadIdx.x / 32, group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4;
+    const int warp = threadIdx.x / 32;
     const int warp_row = warp % (ROWS / WARP_ROWS) * WARP_ROWS, warp_token = warp / (ROWS / WARP_ROWS) * WARP_TOKENS;
 
     for (int item = blockIdx.x; item < n_row_tiles * n_token_tiles * parts; item += gridDim.x) {
@@ -179,25 +231,7 @@ extern "C" __global__ void __launch_bounds__(n_threads) gemm(
         const int out0 = (first_tile + place % tiles_in_group) * width, token0 = place / tiles_in_group * TOKENS;
 
         const int k0 = part * split_length, k_end = parts > 1 ? min(n_in, k0 + split_length) : n_in;
-        Copies copies;
-        {
-            const int row = threadIdx.x / chunks, chunk = threadIdx.x % chunks, k = k0 + chunk * 8;
-            // Gated, 8 rows of gate and the 8 of up for the same outputs alternate: a thread's fragment holds both.
-            const int first_out = out0 + (is_gated ? row / 16 * 8 + row % 8 : row);
-            const int out_step = is_gated ? rows_per_pass / 2 : rows_per_pass;
-            const int first_row = min(first_out, n_out - 1) + (is_gated && row % 16 >= 8 ? n_out : 0);
-            const int first_token = token0 + row;
-            copies.weights = weight + ((size_t)first_row * n_in + (k < n_in ? k : 0));
-            copies.tokens = x + ((size_t)min(first_token, n_tokens - 1) * n_in + (k < n_in ? k : 0));
-            copies.weight_step = out_step * n_in;
-            copies.token_step = rows_per_pass * n_in;
-            copies.rows = copies.columns = 0;
-            for (int p = 0; p < ROWS / rows_per_pass; ++p) copies.rows |= (u32)(first_out + p * out_step < n_out) << p;
-            for (int p = 0; p * rows_per_pass < TOKENS; ++p)
-                copies.columns |= (u32)(first_token + p * rows_per_pass < n_tokens) << p;
-            copies.n_left = k_end - k;
-            copies.target = row * DEPTH + (chunk ^ swizzle(row)) * 8;
-        }
+        const Copies copies = copies_of(x, weight, n_tokens, n_out, n_in, out0, token0, k0, k_end, is_gated);
         const bool is_aligned = n_in % 8 == 0;
         const int n_steps = ceil_div(k_end - k0, DEPTH), split_steps = split_length / DEPTH;
         const bool has_work = out0 + (is_gated ? warp_row / 2 : warp_row) < n_out && token0 + warp_token < n_tokens;
@@ -229,32 +263,15 @@ extern "C" __global__ void __launch_bounds__(n_threads) gemm(
         float4* const of_tile = (float4*)partials + (size_t)tile * n_splits * quads;
         if (parts > 1 && !join_splits(sum, of_tile, counters + tile, part, n_splits)) continue;
 
-        // The tile goes through shared memory as [TOKENS][width]; the exclusive or keeps fragments out of each other's banks.
         float* const staged = (float*)smem;
-        #pragma unroll
-        for (int i = 0; i < blocks_of_rows; ++i)
-            #pragma unroll
-            for (int j = 0; j < blocks_of_tokens; ++j) {
-                const float (&s)[4] = sum[i][j];
-                float* const to = staged + (warp_token + 8 * j + 2 * pair) * width;
-                const int mask = 8 * pair, row = warp_row + 16 * i + group;
-                if (is_gated) {
-                    const int column = (warp_row / 2 + 8 * i + group) ^ mask;
-                    to[column] = activate(s[0], activation) * s[2];
-                    to[column + width] = activate(s[1], activation) * s[3];
-                } else {
-                    to[row ^ mask] = s[0];
-                    to[(row ^ mask) + width] = s[1];
-                    to[(row + 8) ^ mask] = s[2];
-                    to[((row + 8) ^ mask) + width] = s[3];
-                }
-            }
+        if (is_gated) lay_out<true>(sum, staged, warp_row, warp_token, activation);
+        else lay_out<false>(sum, staged, warp_row, warp_token, activation);
         __syncthreads();
         const int n_here = min(TOKENS, n_tokens - token0);
         for (int i = threadIdx.x; i < n_here * (width / 4); i += n_threads) {
             const int token = i / (width / 4), column = i % (width / 4) * 4;
             if (out0 + column >= n_out) continue;
-            float4 v = *(const float4*)(staged + token * width + (column ^ (8 * (token / 2 % 4))));
+            float4 v = *(const float4*)(staged + token * width + (column ^ bank_mask(token)));
             const size_t at = (size_t)(token0 + token) * n_out + out0 + column;
             if (out_f32) {
                 *(float4*)(out_f32 + at) = v;

@@ -66,6 +66,11 @@ def gated_linear(x, weight, out, scratch, activation="gelu_tanh"):
                         args=(gate_up, to, dims.n_out, ACTIVATIONS[activation]))
 
 
+def variants(spec, max_tokens):
+    """(Build, n_threads, smem_bytes) of the one kernel of ours that runs beside cuBLAS."""
+    yield NARROW[0].build(GATED_ACTIVATION), GATED_THREADS, 0
+
+
 def _product(x, weight, out, beta):
     """out = x @ weight.T + beta * out. cuBLAS counts in columns: our rows of out [n, m] are its columns of [m, n], and
     weight [m, k] is its [k, m], transposed."""

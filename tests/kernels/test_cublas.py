@@ -9,8 +9,10 @@ import pytest
 
 from engine.errors import ShapeError
 from engine.kernels import cublas
+from engine.kernels.gemm import GATED_ACTIVATION, NARROW
 from engine.workspace import Scratch
 from tests.kernels.closeness import BF16, assert_ulps, bf16, f64
+from tests.kernels.declared import assert_least_traffic, least_bytes
 from tests.kernels.test_gemm import twin
 
 DTYPES = {cublas.R_32F: np.dtype(np.float32), cublas.R_16BF: BF16}
@@ -88,6 +90,17 @@ def test_gated_linear_goes_through_scratch_some_tokens_at_a_time(library, activa
     cublas.gated_linear(x, weight, out, scratch, activation=activation)
     gate, up = f64(x) @ f64(weight[:20]).T, f64(x) @ f64(weight[20:]).T
     assert_ulps(out, twin(activation, x, weight, None, np.float64), terms=(gate / 2 * up,))
+
+
+@pytest.mark.parametrize("n_out", [16, 1152])
+def test_gated_activation_rounds_once_and_moves_each_byte_once(lane, n_out):
+    gate_up = np.random.default_rng(n_out).standard_normal((3, 2 * n_out)).astype(np.float32) * 3
+    out = lane.empty((3, n_out), BF16)
+    NARROW[0].build(GATED_ACTIVATION).launch((3,), (256,), (lane.put(gate_up), out, n_out, 1))
+    identity = np.eye(2 * n_out)
+    want = twin("gelu_tanh", gate_up, identity, None, np.float64)
+    assert_ulps(lane.to_host(out), want, terms=(f64(gate_up[:, :n_out]) / 2 * gate_up[:, n_out:],))
+    assert_least_traffic(lane.traffic(), least_bytes("gemm.cu", "gated_activation", n_tokens=3, n_out=n_out))
 
 
 def test_scratch_holds_a_token_or_a_bounded_number():
