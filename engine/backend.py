@@ -120,5 +120,5 @@ def open_lane(device, dtype, gemm="own"):
         return CudaLane(int(device.partition(":")[2] or 0), ops_of(kind, gemm), dtype)
     if kind == "emulated":
         from engine.kernels import host
-        host.compiler()                 # without g++ nothing below would run
+        host.runtime()                  # without g++ nothing below would run
     return HostLane(kind, ops_of(kind), dtype)

@@ -1,8 +1,8 @@
 """Which block of attention does what: the work lists of a step, planned on the host, and what else it reads of a pool.
 
 A sequence's rows are its (new token, query head of the group) pairs of one KV head. Up to 16 rows are one tile of the
-decode kernel, more are tiles of the prefill kernel. A tile is done serially by one block, or by one block for each
-stretch of `split_keys` keys; either way gives the same bits, so the choice only decides how well the machine is filled.
+decode kernel, more are tiles of the prefill kernel. A tile is done by one block, or in parts: a block for each stretch
+of `split_keys` keys, the first for several if need be. All ways give the same bits; the plan only fills the machine.
 """
 
 from dataclasses import dataclass
@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-UNIT_ROWS = 16              # rows of the smallest tile, and of one unit of partial sums
+TILE_ROWS = 16              # rows of the smallest tile, one tensor core instruction
+UNIT_ROWS = 8               # rows of one unit of partial sums
 N_BLOCKS = 264              # blocks of a launch at most: two for each of the 132 multiprocessors of an H100 or H200
-PARTIAL_FLOATS = 2**24      # 64 MiB of partial sums at most: 32k positions of 16 sequences at head_dim 512, 4 KV heads
+PARTIAL_FLOATS = 2**24      # 64 MiB of partial sums at most: 16 sequences of 64k at head_dim 512 with 4 KV heads
 NO_LIMIT = 2**31 - 1        # as a window or chunk: every earlier position
-ITEM = 4                    # (sequence, first row, split or -1, first unit)
+ITEM = 7                    # (sequence, first row, first key tile, tile behind the last, part, n_parts, first unit)
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,7 @@ class Geometry:
 
     @property
     def rows(self):
-        return UNIT_ROWS * self.warps_m
+        return TILE_ROWS * self.warps_m
 
     @property
     def n_threads(self):
@@ -68,7 +69,7 @@ def split_keys(n_kv_heads, window=None, chunk=None):
 
 
 def max_units(n_kv_heads, head_dim):
-    """Units of partial sums, [n_kv_heads, 16 rows], that a launch may use."""
+    """Units of partial sums, [n_kv_heads, 8 rows], that a launch may use."""
     width = geometry(head_dim, True).head_dim
     return max(1, PARTIAL_FLOATS // (n_kv_heads * UNIT_ROWS * (width + 2)))
 
@@ -80,14 +81,14 @@ def scratch_size(n_kv_heads, head_dim, max_context, window=None, chunk=None):
     sizes = []
     for shape in (geometry(head_dim, True), geometry(head_dim, False)):
         n_tiles = -(-N_BLOCKS // n_kv_heads)                        # no more are longer than a block's share
-        n_units = min(max_units(n_kv_heads, head_dim), n_tiles * most * shape.warps_m)
+        n_units = min(max_units(n_kv_heads, head_dim), n_tiles * most * shape.rows // UNIT_ROWS)
         sizes.append((N_BLOCKS * (shape.rows * shape.head_dim + 4 * shape.n_threads)
                       + n_units * n_kv_heads * UNIT_ROWS * (shape.head_dim + 2), n_units * n_kv_heads))
     return tuple(map(max, *sizes))
 
 
 class WorkPlan(NamedTuple):
-    """Work lists of a step, int32 [n, 4] each: (sequence, first row, split or -1 for all, first unit of partials)."""
+    """Work lists of a step, int32 [n, ITEM] each."""
 
     decode: np.ndarray
     prefill: np.ndarray
@@ -103,44 +104,46 @@ def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_v
     begin, end, context = np.array(rows, np.int64).reshape(-1, 3).T
     group, split = n_heads // n_kv_heads, split_keys(n_kv_heads, window, chunk)
     n_rows, first_position = (end - begin) * group, context - (end - begin)
-    is_decode = n_rows <= UNIT_ROWS
+    is_decode = n_rows <= TILE_ROWS
 
     def items(which, shape):
         n_tiles = np.where(which, -(-n_rows // shape.rows), 0)
         sequence = np.repeat(np.arange(len(n_rows)), n_tiles)
         first_row = (np.arange(len(sequence)) - np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)) * shape.rows
-        first_token = first_row // group
-        last_token = (np.minimum(first_row + shape.rows, n_rows[sequence]) - 1) // group
+        n_tile_rows = np.minimum(shape.rows, n_rows[sequence] - first_row)
+        first_token, last_token = first_row // group, (first_row + n_tile_rows - 1) // group
         position = first_position[sequence] + first_token
         in_chunk = position % (chunk or NO_LIMIT)
         first_key = position - np.minimum(in_chunk, (window or NO_LIMIT) - 1)
         last_key = first_position[sequence] + last_token
         if last_visible is not None:
             last_key = np.minimum(np.asarray(last_visible)[begin[sequence] + last_token], context[sequence] - 1)
-        return _divided(sequence, first_row, first_key, last_key, split, shape.warps_m, n_kv_heads,
-                        max_units(n_kv_heads, head_dim))
+        return _items(sequence, first_row, -(-n_tile_rows // UNIT_ROWS), first_key, last_key, n_kv_heads, split,
+                      shape.keys, max_units(n_kv_heads, head_dim))
 
     return WorkPlan(items(is_decode, geometry(head_dim, True)), items(~is_decode, geometry(head_dim, False)))
 
 
-def _divided(sequence, first_row, first_key, last_key, split, units_of_split, n_kv_heads, n_units):
-    """Work items of tiles, longest first. A tile is split where done serially it would take longer than a block's
-    share of the launch, as long as there are units for its partials."""
+def _items(sequence, first_row, units_of_part, first_key, last_key, n_kv_heads, split, keys, n_units):
+    """Work items of tiles, longest first. A tile that would keep one block for longer than its share of the launch is
+    done in parts: one for each split, or, where units are short, for so many of the last ones as there are units."""
     n_keys, first_split = last_key - first_key + 1, first_key // split
     n_splits = last_key // split - first_split + 1
-    order = np.argsort(-n_keys, kind="stable")
-    is_long = (n_splits > 1) & (n_keys * N_BLOCKS > n_keys.sum() * n_kv_heads)
-    units = np.where(is_long, n_splits * units_of_split, 0)[order]
-    until = np.cumsum(units)
-    units = np.where(until <= n_units, units, 0)
-    n_items = np.where(units > 0, n_splits[order], 1)
-    tile, k = np.repeat(order, n_items), np.arange(n_items.sum()) - np.repeat(np.cumsum(n_items) - n_items, n_items)
-    is_split = np.repeat(units > 0, n_items)
-    first_unit = np.repeat(until - units, n_items)
-    items = np.stack([sequence[tile], first_row[tile], np.where(is_split, first_split[tile] + k, -1),
-                      np.where(is_split, first_unit, 0)], axis=1)
-    length = np.where(is_split, np.minimum(n_keys[tile], split), n_keys[tile])
-    return items[np.argsort(-length, kind="stable")].astype(np.int32)
+    is_long = n_keys * N_BLOCKS > n_keys.sum() * n_kv_heads
+    wanted = (units_of_part * n_splits)[is_long].sum()
+    n_parts = np.where(is_long, np.maximum(1, n_splits * n_units // max(n_units, wanted)), 1)
+    units = np.where(n_parts > 1, n_parts * units_of_part, 0)
+
+    def per_item(values):
+        return np.repeat(values, n_parts)
+
+    part = np.arange(n_parts.sum()) - per_item(np.cumsum(n_parts) - n_parts)
+    end_split = per_item(first_split + n_splits - n_parts + 1) + part
+    begin_key = np.where(part == 0, per_item(first_key), (end_split - 1) * split)
+    end_key = np.minimum(per_item(last_key + 1), end_split * split)
+    items = np.stack([per_item(sequence), per_item(first_row), begin_key // keys, -(-end_key // keys), part,
+                      per_item(n_parts), per_item(np.cumsum(units) - units)], axis=1)
+    return items[np.argsort(begin_key - end_key, kind="stable")].astype(np.int32)
 
 
 def work_capacity(max_seqs, n_kv_heads, head_dim):
@@ -158,7 +161,7 @@ class PagedInputs:
     context_lens    [n_seqs] positions in the cache once the new tokens are written
     cu_seqlens      [n_seqs + 1] queries of sequence s are cu_seqlens[s]..[s + 1], the last at context_lens[s] - 1
     last_visible    [n_tokens] or None: the last position that each query sees, not before itself
-    decode_work, prefill_work      [at least n, 4], items of a WorkPlan
+    decode_work, prefill_work      [at least n, ITEM], items of a WorkPlan
     n_decode_work, n_prefill_work  [1], how many of them count
     n_decode_blocks, n_prefill_blocks  blocks to launch, known to the host; 0 launches nothing
     """
