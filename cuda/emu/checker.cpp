@@ -1,16 +1,17 @@
-// The checker: g++ -fsanitize=thread calls a hook before each load and store of a kernel, and these are the hooks.
+// The checker: g++ -fsanitize=thread calls a hook before each load and store of a kernel, and this is what the hooks do.
 //
-// Global memory is an arena that host.py copies the arguments into, with space between them; of each byte it keeps
+// Global memory is an arena that kernels/checker.py copies the arguments into, with space between them; of each byte it keeps
 // whether it may be touched and whether it holds something. Shared memory has the same, and of each 4 bytes the last
 // writers and readers with the time of the access, counted in syncs: two threads are ordered when a __syncthreads, or a
-// __syncwarp of both, lies between them. Each thread logs its accesses; when a warp converges, the k-th access of a line
+// __syncwarp of both, lies between them. Global memory that the kernel may write is held to the same within a block, as far
+// as a table of its latest accesses reaches. Each thread logs its accesses; when a warp converges, the k-th access of a line
 // by all its lanes is one request of the warp, as the hardware sees it, whose 32-byte sectors and banks are counted.
 namespace emu {
 
-constexpr unsigned char VALID = 1, WRITTEN = 2;                          // state of a byte
+constexpr unsigned char VALID = 1, WRITTEN = 2, WRITABLE = 4;            // state of a byte; of an argument not const
 constexpr size_t ARENA_BYTES = 1ull << 32;
 constexpr unsigned STATIC_AT = 256 << 10, SHARED_BYTES = STATIC_AT + MAX_STATIC_SMEM;    // static lies behind dynamic
-constexpr unsigned SITE_BITS = 21, CLOCK_BITS = 28;
+constexpr unsigned SITE_BITS = 21, CLOCK_BITS = 28, GLOBAL_CELLS = 1 << 14;
 
 struct Arena { unsigned char *bytes, *state, *read, *written; };
 static Arena arena;
@@ -22,7 +23,8 @@ enum Kind { READ, WRITE, ATOMIC };
 namespace check {
 
 static unsigned char* reserve(size_t n_bytes) {
-    return (unsigned char*)mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    const int flags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    return (unsigned char*)mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, flags, -1, 0);
 }
 
 void start_launch(const Launch&) {
@@ -34,6 +36,7 @@ void start_machine(Machine& m) {
     if (!m.cells) {
         m.smem_state = reserve(SHARED_BYTES + 64);
         m.cells = (Cell*)reserve(SHARED_BYTES / 4 * sizeof(Cell));
+        m.global_cells = (GlobalCell*)reserve(GLOBAL_CELLS * sizeof(GlobalCell));
         m.sites = (Site*)reserve((2ull << SITE_BITS) * sizeof(Site));
     }
     memset(m.smem_state, 0, SHARED_BYTES);
@@ -45,6 +48,7 @@ void start_block(Machine& m) {
     memset(m.smem_state + STATIC_AT, VALID, m.launch->module->static_smem_bytes);
     if (m.clock >> (CLOCK_BITS - 1)) {
         memset(m.cells, 0, SHARED_BYTES / 4 * sizeof(Cell));
+        memset(m.global_cells, 0, GLOBAL_CELLS * sizeof(GlobalCell));
         m.clock = 0;
     }
     m.block_sync = ++m.clock;
@@ -68,7 +72,8 @@ void sync_warp(Machine& m, Warp& warp, unsigned mask) {
 
 // One access as a cell remembers it: time 28 bits, thread 10, which of the 4 bytes 4, is atomic 1, site 21.
 static uint64_t mark(const Machine& m, unsigned bytes, bool is_atomic, unsigned site) {
-    return (uint64_t)m.clock << 36 | (uint64_t)m.self->index << 26 | (uint64_t)bytes << 22 | (uint64_t)is_atomic << 21 | site;
+    return (uint64_t)m.clock << 36 | (uint64_t)m.self->index << 26 | (uint64_t)bytes << 22 | (uint64_t)is_atomic << 21
+           | site;
 }
 static unsigned clock_of(uint64_t mark) { return (unsigned)(mark >> 36); }
 static unsigned thread_of(uint64_t mark) { return (unsigned)(mark >> 26) & 1023; }
@@ -89,22 +94,26 @@ static bool is_ordered(const Machine& m, uint64_t before) {
     return clock < me.warp->last_sync || clock < me.warp->pair_sync[thread % 32][me.lane];
 }
 
-[[gnu::noinline]] static void fail_race(const Machine& m, unsigned offset, Kind kind, unsigned site, uint64_t before,
+[[gnu::noinline]] static void fail_race(const Machine& m, size_t address, Kind kind, unsigned site, uint64_t before,
                                         bool wrote) {
     static const char* const VERBS[] = {"reads", "writes", "updates"};
-    const bool is_static = offset >= STATIC_AT;
-    fail(pc_of(m, site), pc_of(m, before), 0, "race: thread %u %s byte %u of %s shared memory at {at}, thread %u %s it at "
-         "{other}, with no barrier between them%s", m.self->index, VERBS[kind], is_static ? offset - STATIC_AT : offset,
-         is_static ? "static" : "dynamic", thread_of(before), wrote ? "wrote" : "read",
+    const size_t in_static = address - (size_t)m.static_smem, in_smem = address - (size_t)m.smem;
+    char place[64] = "{address}";
+    if (in_static < m.launch->module->static_smem_bytes)
+        snprintf(place, sizeof place, "byte %zu of static shared memory", in_static);
+    else if (in_smem < MAX_SMEM)
+        snprintf(place, sizeof place, "byte %zu of dynamic shared memory", in_smem);
+    fail(pc_of(m, site), pc_of(m, before), address, "race: thread %u %s %s at {at}, thread %u %s it at {other}, with no barrier "
+         "between them%s", m.self->index, VERBS[kind], place, thread_of(before), wrote ? "wrote" : "read",
          thread_of(before) / 32 == m.self->index / 32 ? " (lanes of a warp are ordered by __syncwarp alone)" : "");
 }
 
-static void touch_cell(Machine& m, unsigned granule, unsigned bytes, Kind kind, unsigned site) {
-    Cell& cell = m.cells[granule];
+// `bytes` of the 4 at `address` that the cell stands for.
+static void touch_cell(Machine& m, Cell& cell, size_t address, unsigned bytes, Kind kind, unsigned site) {
     const uint64_t now = mark(m, bytes, kind == ATOMIC, site);
     for (uint64_t before : cell.write)
         if ((bytes_of(before) & bytes) && !is_ordered(m, before) && !(kind == ATOMIC && is_atomic(before)))
-            fail_race(m, 4 * granule + __builtin_ctz(bytes & bytes_of(before)), kind, site, before, true);
+            fail_race(m, address + __builtin_ctz(bytes & bytes_of(before)), kind, site, before, true);
     if (kind == READ) {
         const uint64_t last = cell.read[0];
         if (thread_of(last) != m.self->index && clock_of(last) >= m.block_sync
@@ -115,17 +124,32 @@ static void touch_cell(Machine& m, unsigned granule, unsigned bytes, Kind kind, 
     }
     for (uint64_t before : cell.read)
         if ((bytes_of(before) & bytes) && !is_ordered(m, before))
-            fail_race(m, 4 * granule + __builtin_ctz(bytes & bytes_of(before)), kind, site, before, false);
+            fail_race(m, address + __builtin_ctz(bytes & bytes_of(before)), kind, site, before, false);
     if (bytes_of(cell.write[0]) & ~bytes) cell.write[1] = cell.write[0];
     cell.write[0] = now;
 }
 
-static void touch_cells(Machine& m, unsigned offset, unsigned n_bytes, Kind kind, unsigned site) {
-    for (unsigned at = offset, end = offset + n_bytes; at < end;) {
-        const unsigned next = (at & ~3u) + 4 < end ? (at & ~3u) + 4 : end;
-        touch_cell(m, at / 4, ((1u << (next - at)) - 1) << (at % 4), kind, site);
+// Calls f(first byte of 4, which of them) for the groups of 4 bytes that an access touches.
+template <class F> static void for_granules(size_t at, unsigned n_bytes, F f) {
+    for (const size_t end = at + n_bytes; at < end;) {
+        const size_t granule = at & ~(size_t)3, next = granule + 4 < end ? granule + 4 : end;
+        f(granule, ((1u << (next - at)) - 1) << (at - granule));
         at = next;
     }
+}
+
+static void touch_shared(Machine& m, size_t a, unsigned offset, unsigned n_bytes, Kind kind, unsigned site) {
+    for_granules(offset, n_bytes, [&](size_t granule, unsigned bytes) {
+        touch_cell(m, m.cells[granule / 4], a + (granule - offset), bytes, kind, site);
+    });
+}
+
+static void touch_global(Machine& m, size_t offset, unsigned n_bytes, Kind kind, unsigned site) {
+    for_granules(offset, n_bytes, [&](size_t granule, unsigned bytes) {
+        GlobalCell& its = m.global_cells[granule / 4 % GLOBAL_CELLS];
+        if (its.granule != granule) its = {granule, {}};
+        touch_cell(m, its.cell, (size_t)arena.bytes + granule, bytes, kind, site);
+    });
 }
 
 // What a logged access was: site 21 bits, log2 of its size 3, in shared memory 1, a write 1; then its offset 32.
@@ -206,6 +230,7 @@ static bool holds_something(const unsigned char* state, unsigned n_bytes) {
 template <Kind kind, bool is_struct = false, bool is_noted = true>
 inline __attribute__((always_inline)) void on_access(size_t a, unsigned n_bytes, unsigned alignment, const void* pc) {
     Machine& m = *machine;
+    m.last_pc = pc;
     if (a - m.stack < STACK_BYTES) return;
     size_t offset = a - (size_t)arena.bytes;
     if (offset < ARENA_BYTES) {
@@ -214,7 +239,8 @@ inline __attribute__((always_inline)) void on_access(size_t a, unsigned n_bytes,
         if (!has_all(state, n_bytes, VALID)) fail_access(m, a, n_bytes, kind, pc);
         if (kind != WRITE && !(is_struct ? holds_something(state, n_bytes) : has_all(state, n_bytes, WRITTEN)))
             fail_unwritten(m, a, n_bytes, pc, false);
-        if (kind != READ) memset(state, VALID | WRITTEN, n_bytes);
+        if (kind != READ) memset(state, VALID | WRITTEN | WRITABLE, n_bytes);
+        if (*state & WRITABLE) touch_global(m, offset, n_bytes, kind, site_of(m, pc));
         if (kind != WRITE && is_noted) note(m, site_of(m, pc), n_bytes, false, false, (unsigned)offset);
         if (kind != READ && is_noted) note(m, site_of(m, pc), n_bytes, false, true, (unsigned)offset);
         return;
@@ -233,7 +259,7 @@ inline __attribute__((always_inline)) void on_access(size_t a, unsigned n_bytes,
     if (kind != WRITE && !(is_struct ? holds_something(state, n_bytes) : has_all(state, n_bytes, WRITTEN)))
         fail_unwritten(m, a, n_bytes, pc, true);
     if (kind != READ) memset(state, VALID | WRITTEN, n_bytes);
-    touch_cells(m, (unsigned)offset, n_bytes, kind, site_of(m, pc));
+    touch_shared(m, a, (unsigned)offset, n_bytes, kind, site_of(m, pc));
     if (is_noted) note(m, site_of(m, pc), n_bytes, true, kind != READ, (unsigned)offset);
 }
 
@@ -252,7 +278,7 @@ void forget(void* p, unsigned n_bytes) { memset(machine->smem_state + shared_off
 void land(void* p, unsigned n_bytes, const void* pc) {
     Machine& m = *machine;
     const unsigned offset = shared_offset(m, p);
-    touch_cells(m, offset, n_bytes, WRITE, site_of(m, pc));
+    touch_shared(m, (size_t)p, offset, n_bytes, WRITE, site_of(m, pc));
     memset(m.smem_state + offset, VALID | WRITTEN, n_bytes);
 }
 
@@ -414,56 +440,4 @@ extern "C" size_t emu_traffic(uint64_t* segment_moved, uint64_t* rows, size_t n_
     return total.size();
 }
 
-#define HERE __builtin_return_address(0)
-#define HOOK(name, kind, n, alignment, is_struct) \
-    extern "C" void __tsan_##name##n(void* p) { emu::check::on_access<emu::kind, is_struct>((size_t)p, n, alignment, HERE); }
-#define HOOKS(n, is_struct)                                                                                 \
-    HOOK(read, READ, n, n < 8 ? n : 8, is_struct) HOOK(write, WRITE, n, n < 8 ? n : 8, is_struct)           \
-    HOOK(unaligned_read, READ, n, 1, is_struct) HOOK(unaligned_write, WRITE, n, 1, is_struct)               \
-    HOOK(volatile_read, READ, n, n, false) HOOK(volatile_write, WRITE, n, n, false)
-HOOKS(1, false) HOOKS(2, false) HOOKS(4, false) HOOKS(8, false)
-HOOKS(16, true)                                          // volatile: a vector type of emu.h, else a struct of 16 bytes
-
-extern "C" void __tsan_init() {}
-extern "C" void __tsan_func_entry(void*) {}
-extern "C" void __tsan_func_exit() {}
-
-// Structs of other sizes, in the largest pieces that fit.
-template <emu::Kind kind> static void on_range(void* p, size_t n_bytes, const void* pc) {
-    for (size_t a = (size_t)p; n_bytes;) {
-        unsigned piece = 16;
-        while (piece > n_bytes || a % piece) piece /= 2;
-        emu::check::on_access<kind, true>(a, piece, 1, pc);
-        a += piece;
-        n_bytes -= piece;
-    }
-}
-extern "C" void __tsan_read_range(void* p, size_t n_bytes) { on_range<emu::READ>(p, n_bytes, HERE); }
-extern "C" void __tsan_write_range(void* p, size_t n_bytes) { on_range<emu::WRITE>(p, n_bytes, HERE); }
-
-extern "C" void __tsan_atomic_thread_fence(int) { std::atomic_thread_fence(std::memory_order_seq_cst); }
-#define UPDATE(bits, name, builtin)                                                           \
-    extern "C" uint##bits##_t __tsan_atomic##bits##_##name(uint##bits##_t* p, uint##bits##_t value, int) { \
-        emu::check::on_access<emu::ATOMIC>((size_t)p, bits / 8, bits / 8, HERE);                 \
-        return builtin(p, value, __ATOMIC_SEQ_CST);                                          \
-    }
-#define ATOMICS(bits)                                                                                                 \
-    UPDATE(bits, exchange, __atomic_exchange_n)                                                                       \
-    UPDATE(bits, fetch_add, __atomic_fetch_add)                                                                       \
-    UPDATE(bits, fetch_sub, __atomic_fetch_sub)                                                                       \
-    UPDATE(bits, fetch_and, __atomic_fetch_and)                                                                       \
-    UPDATE(bits, fetch_or, __atomic_fetch_or)                                                                         \
-    extern "C" uint##bits##_t __tsan_atomic##bits##_load(const uint##bits##_t* p, int) {    /* half of an update */   \
-        emu::check::on_access<emu::ATOMIC, false, false>((size_t)p, bits / 8, bits / 8, HERE);                                          \
-        return __atomic_load_n(p, __ATOMIC_SEQ_CST);                                                                  \
-    }                                                                                                                 \
-    extern "C" void __tsan_atomic##bits##_store(uint##bits##_t* p, uint##bits##_t value, int) {                       \
-        emu::check::on_access<emu::ATOMIC>((size_t)p, bits / 8, bits / 8, HERE);                                          \
-        __atomic_store_n(p, value, __ATOMIC_SEQ_CST);                                                                 \
-    }                                                                                                                 \
-    extern "C" int __tsan_atomic##bits##_compare_exchange_strong(uint##bits##_t* p, uint##bits##_t* expected,         \
-                                                                 uint##bits##_t value, int, int) {                    \
-        emu::check::on_access<emu::ATOMIC>((size_t)p, bits / 8, bits / 8, HERE);                                          \
-        return __atomic_compare_exchange_n(p, expected, value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);            \
-    }
-ATOMICS(16) ATOMICS(32) ATOMICS(64)
+#include "hooks.cpp"

@@ -18,7 +18,11 @@
 #define __noinline__ __attribute__((noinline))
 #define __launch_bounds__(...)
 #define __align__(n) __attribute__((aligned(n)))
-#define __shared__ static thread_local        // a block stays on one OS thread, which runs one block at a time
+#ifdef EMU_CHECKED
+#define __shared__ static __constinit __thread   // __constinit: without a flag "was constructed" beside it
+#else
+#define __shared__ static __thread            // a block stays on one OS thread, which runs one block at a time
+#endif
 #define __constant__ static const
 #define __grid_constant__
 
@@ -138,7 +142,9 @@ inline int __all_sync(unsigned mask, bool p, EMU_AT) { return emu::vote(mask, !p
 inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
 inline void __threadfence_block() { __threadfence(); }
 template <class T> T __ldg(const T* p) { return *p; }
-namespace emu { template <class T> using Same = std::common_type_t<T>; }   // takes no part in deduction: atomicAdd(u32*, 1) is an unsigned
+namespace emu {
+template <class T> using Same = std::common_type_t<T>;       // takes no part in deduction: atomicAdd(unsigned*, 1) is one
+}
 template <class T> T atomicCAS(T* p, emu::Same<T> expected, emu::Same<T> value) {
     __atomic_compare_exchange(p, &expected, &value, false, __ATOMIC_SEQ_CST, __ATOMIC_SEQ_CST);
     return expected;
@@ -149,7 +155,7 @@ template <class T> T atomicExch(T* p, emu::Same<T> value) {
     return old;
 }
 namespace emu {
-// The atomics that g++ has no builtin for, floats among them.
+// Any atomic as a loop of compare and exchange: g++ has no builtin for floats, nor for a maximum.
 template <class T, class F> T atomic_update(T* p, F next_of) {
     T old, next;
     __atomic_load(p, &old, __ATOMIC_SEQ_CST);
@@ -160,8 +166,12 @@ template <class T, class F> T atomic_update(T* p, F next_of) {
 }  // namespace emu
 template <class T> T atomicAdd(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old + v); }); }
 template <class T> T atomicSub(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old - v); }); }
-template <class T> T atomicMax(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return old < v ? v : old; }); }
-template <class T> T atomicMin(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return v < old ? v : old; }); }
+template <class T> T atomicMax(T* p, emu::Same<T> v) {
+    return emu::atomic_update(p, [v](T old) { return old < v ? v : old; });
+}
+template <class T> T atomicMin(T* p, emu::Same<T> v) {
+    return emu::atomic_update(p, [v](T old) { return v < old ? v : old; });
+}
 template <class T> T atomicOr(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old | v); }); }
 template <class T> T atomicAnd(T* p, emu::Same<T> v) { return emu::atomic_update(p, [v](T old) { return (T)(old & v); }); }
 
@@ -182,6 +192,8 @@ inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __clzll(long long x) { return x ? __builtin_clzll((unsigned long long)x) : 64; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
-inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) { return (unsigned long long)((unsigned __int128)a * b >> 64); }
+inline unsigned long long __umul64hi(unsigned long long a, unsigned long long b) {
+    return (unsigned long long)((unsigned __int128)a * b >> 64);
+}
 template <class T> T min(T a, T b) { return b < a ? b : a; }
 template <class T> T max(T a, T b) { return a < b ? b : a; }

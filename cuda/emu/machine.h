@@ -80,8 +80,9 @@ struct Launch {
 // Traffic of one line of the kernel in one memory space.
 struct Site { uint64_t n_requests, n_bytes, moved_bytes, n_extra_wavefronts; };
 
-// A byte range of shared memory is found by its own last accesses: two writers and two readers of each 4 bytes.
+// The last accesses of 4 bytes: two writers and two readers.
 struct Cell { uint64_t write[2], read[2]; };
+struct GlobalCell { size_t granule; Cell cell; };       // of global memory, where they were last
 
 // One OS thread's place to run blocks.
 struct Machine {
@@ -105,9 +106,11 @@ struct Machine {
     volatile bool holds_heap;
     bool is_checked;
     // the checker's
+    const void* last_pc;
     unsigned clock, block_sync;               // counts syncs; the value at the last __syncthreads
     unsigned char* smem_state;
-    Cell* cells;
+    Cell* cells;                              // of shared memory
+    GlobalCell* global_cells;
     Site* sites;
     std::vector<unsigned> touched_sites;
     uint64_t segment_moved[64];

@@ -49,9 +49,6 @@ static void switch_to(Context*& save, Context* load) { swapcontext(&save->u, &lo
 namespace emu {
 
 thread_local Machine* machine;
-static const char* const OP_NAMES[] = {"__syncwarp", "__shfl_sync", "__shfl_up_sync", "__shfl_down_sync", "__shfl_xor_sync",
-                                       "__ballot_sync", "__any_sync", "__all_sync", "mma_bf16", "load_matrix",
-                                       "load_matrix_trans"};
 
 uint64_t thread_bits() { return machine->self->thread; }
 uint64_t block_bits() { return machine->block; }
@@ -142,187 +139,11 @@ void sync_block(const char* file, int line) {
         if (i != me) push(m, i);
 }
 
-// Parks this lane until all lanes of `mask` are in the same collective. True in the lane that comes last: it does the
-// work for all of them, from warp.args, and calls release().
-static bool join(Machine& m, unsigned& mask, Op op, void* args, const char* file, int line) {
-    Fiber& me = *m.self;
-    Warp& warp = *me.warp;
-    mask &= warp.lanes;
-    if (!(mask >> me.lane & 1))
-        fail(nullptr, nullptr, 0, "thread %u (lane %u) calls %s (%s:%d) with mask 0x%x, which leaves it out", me.index,
-             me.lane, OP_NAMES[op], file, line, mask);
-    if (mask & warp.done)
-        fail(nullptr, nullptr, 0, "thread %u waits in %s (%s:%d) for thread %u, which has returned", me.index, OP_NAMES[op],
-             file, line, me.index - me.lane + __builtin_ctz(mask & warp.done));
-    Group& group = warp.groups[__builtin_ctz(mask)];
-    if (group.n_arrived && (group.op != op || group.mask != mask))
-        fail(nullptr, nullptr, 0, "thread %u is in %s with mask 0x%x (%s:%d) while other lanes wait in %s with mask 0x%x",
-             me.index, OP_NAMES[op], mask, file, line, OP_NAMES[group.op], group.mask);
-    group.op = op;
-    group.mask = mask;
-    warp.args[me.lane] = args;
-    if (++group.n_arrived == (unsigned)__builtin_popcount(mask)) {
-        if (m.is_checked && mask == warp.lanes) check::converge(m, warp);
-        return true;
-    }
-    wait_in(m, OP_NAMES[op], file, line);
-    return false;
-}
+}  // namespace emu
 
-template <class F> static void for_lanes(unsigned mask, F f) {
-    for (unsigned left = mask; left; left &= left - 1) f(__builtin_ctz(left));
-}
+#include "collectives.cpp"
 
-static void release(Machine& m, unsigned mask) {
-    Fiber& me = *m.self;
-    me.warp->groups[__builtin_ctz(mask)].n_arrived = 0;
-    for_lanes(mask & ~(1u << me.lane), [&](unsigned lane) { push(m, me.index - me.lane + lane); });
-}
-
-void sync_warp(unsigned mask, const char* file, int line) {
-    Machine& m = *machine;
-    if (!join(m, mask, SYNCWARP, nullptr, file, line)) return;
-    if (m.is_checked) check::sync_warp(m, *m.self->warp, mask);
-    release(m, mask);
-}
-
-uint64_t shuffle(unsigned mask, uint64_t bits, unsigned source, Op op, const char* file, int line) {
-    struct Args { uint64_t value, result; unsigned source; } args{bits, 0, source};
-    Machine& m = *machine;
-    if (!join(m, mask, op, &args, file, line)) return args.result;
-    void* const* all = m.self->warp->args;
-    for_lanes(mask, [&](unsigned lane) {
-        Args& its = *(Args*)all[lane];
-        if (!(mask >> its.source & 1))
-            fail(nullptr, nullptr, 0, "thread %u reads lane %u in %s (%s:%d), which takes no part (mask 0x%x)",
-                 m.self->index - m.self->lane + lane, its.source, OP_NAMES[op], file, line, mask);
-        its.result = ((Args*)all[its.source])->value;
-    });
-    release(m, mask);
-    return args.result;
-}
-
-unsigned vote(unsigned mask, bool predicate, Op op, const char* file, int line) {
-    struct Args { unsigned bits; } args{predicate};
-    Machine& m = *machine;
-    if (!join(m, mask, op, &args, file, line)) return args.bits;
-    void* const* all = m.self->warp->args;
-    unsigned bits = 0;
-    for_lanes(mask, [&](unsigned lane) { bits |= ((Args*)all[lane])->bits << lane; });
-    for_lanes(mask, [&](unsigned lane) { ((Args*)all[lane])->bits = bits; });
-    release(m, mask);
-    return bits;
-}
-
-// A collective of the whole warp.
-static bool join_all(Machine& m, Op op, void* args, const char* file, int line) {
-    unsigned mask = ~0u;
-    if (m.self->warp->lanes != mask)
-        fail(nullptr, nullptr, 0, "thread %u calls %s (%s:%d) in a warp of fewer than 32 threads", m.self->index,
-             OP_NAMES[op], file, line);
-    return join(m, mask, op, args, file, line);
-}
-
-typedef float Float8 __attribute__((vector_size(32)));
-static float half_of(unsigned two, int i) {
-    const unsigned bits = i ? two & 0xFFFF0000u : two << 16;
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-// The fragment layout is in mma.cuh. Each sum takes k in ascending order, one rounding a product and one a sum.
-void mma_bf16(float* d, const unsigned* a, const unsigned* b, const char* file, int line) {
-    struct Args { float* d; const unsigned* a; const unsigned* b; } args{d, a, b};
-    Machine& m = *machine;
-    if (!join_all(m, MMA_BF16, &args, file, line)) return;
-    const Args* const* all = (const Args* const*)m.self->warp->args;
-    float rows[16][16];
-    Float8 b_rows[16], sums[16];
-    for (int lane = 0; lane < 32; ++lane) {
-        const Args& its = *all[lane];
-        const int group = lane / 4, t = lane % 4;
-        for (int i = 0; i < 4; ++i)
-            for (int j = 0; j < 2; ++j) rows[group + 8 * (i & 1)][2 * t + j + 8 * (i >> 1)] = half_of(its.a[i], j);
-        for (int i = 0; i < 2; ++i)
-            for (int j = 0; j < 2; ++j) ((float*)&b_rows[2 * t + j + 8 * i])[group] = half_of(its.b[i], j);
-        for (int i = 0; i < 4; ++i) ((float*)&sums[group + 8 * (i / 2)])[2 * t + i % 2] = its.d[i];
-    }
-    for (int row = 0; row < 16; ++row) {
-        Float8 sum = sums[row];
-        for (int k = 0; k < 16; ++k) sum += rows[row][k] * b_rows[k];
-        sums[row] = sum;
-    }
-    for (int lane = 0; lane < 32; ++lane)
-        for (int i = 0; i < 4; ++i) all[lane]->d[i] = ((float*)&sums[lane / 4 + 8 * (i / 2)])[2 * (lane % 4) + i % 2];
-    release(m, ~0u);
-}
-
-static bool is_shared(const Machine& m, const void* p, size_t n_bytes) {
-    return (size_t)p - (size_t)m.smem <= m.launch->smem_bytes - n_bytes && n_bytes <= m.launch->smem_bytes
-           || (size_t)p - (size_t)m.static_smem <= m.launch->module->static_smem_bytes - n_bytes
-                  && n_bytes <= m.launch->module->static_smem_bytes;
-}
-
-void load_matrix(unsigned* r, const void* row, int n_matrices, bool is_trans, const char* file, int line) {
-    struct Args { unsigned* r; const unsigned short* row; } args{r, (const unsigned short*)row};
-    Machine& m = *machine;
-    const Op op = is_trans ? LOAD_MATRIX_TRANS : LOAD_MATRIX;
-    if (m.self->lane < 8u * n_matrices) {
-        if (!is_shared(m, row, 16) || (size_t)row % 16)
-            fail(nullptr, nullptr, (uint64_t)row, "thread %u names a row for %s (%s:%d) that is not 16 bytes of shared "
-                 "memory at a multiple of 16: {address}", m.self->index, OP_NAMES[op], file, line);
-        if (m.is_checked) check::access(row, 16, false, __builtin_return_address(0));
-    }
-    if (!join_all(m, op, &args, file, line)) return;
-    const Args* const* all = (const Args* const*)m.self->warp->args;
-    for (int i = 0; i < n_matrices; ++i) {
-        unsigned short matrix[8][8];
-        for (int j = 0; j < 8; ++j) memcpy(matrix[j], all[8 * i + j]->row, 16);
-        for (int lane = 0; lane < 32; ++lane) {
-            const int major = lane / 4, minor = lane % 4 * 2;
-            all[lane]->r[i] = is_trans ? matrix[minor][major] | (unsigned)matrix[minor + 1][major] << 16
-                                       : matrix[major][minor] | (unsigned)matrix[major][minor + 1] << 16;
-        }
-    }
-    release(m, ~0u);
-}
-
-// The bytes land when the thread waits for their group, and hold a pattern until then: a missing wait shows.
-void copy_async(void* to, const void* from, unsigned n_bytes, bool is_read) {
-    Machine& m = *machine;
-    const void* pc = __builtin_return_address(0);
-    if (!is_shared(m, to, n_bytes))
-        fail(pc, nullptr, (uint64_t)to, "thread %u copies with copy_async at {at} to what is not shared memory: {address}",
-             m.self->index);
-    if ((size_t)to % n_bytes || (is_read && (size_t)from % n_bytes))
-        fail(pc, nullptr, (size_t)to % n_bytes ? (uint64_t)to : (uint64_t)from, "misaligned: thread %u copies %u bytes with "
-             "copy_async at {at}; {address} is not at a multiple of %u", m.self->index, n_bytes, n_bytes);
-    if (m.is_checked) {
-        if (is_read) check::access(from, n_bytes, false, pc);
-        check::access(to, n_bytes, true, pc);
-        check::forget(to, n_bytes);
-    }
-    memset(to, 0xFF, n_bytes);
-    m.holds_heap = true;
-    m.self->copies.push_back({(unsigned char*)to, (const unsigned char*)from, n_bytes, m.self->n_groups, is_read, pc});
-    m.holds_heap = false;
-}
-
-void copy_commit() { ++machine->self->n_groups; }
-
-void copy_wait(unsigned n_open) {
-    Machine& m = *machine;
-    std::vector<Copy>& copies = m.self->copies;
-    size_t i = 0;
-    for (; i < copies.size() && copies[i].group + n_open < m.self->n_groups; ++i) {
-        const Copy& copy = copies[i];
-        if (m.is_checked) check::land(copy.to, copy.n_bytes, copy.pc);
-        if (copy.is_read) memcpy(copy.to, copy.from, copy.n_bytes);
-        else memset(copy.to, 0, copy.n_bytes);
-    }
-    copies.erase(copies.begin(), copies.begin() + i);
-}
+namespace emu {
 
 static void fiber_main() {
     Machine& m = *machine;
@@ -396,14 +217,20 @@ static Machine* take_machine() {
     return m;
 }
 
-static const void* interrupted_at(void* context) {
+// Where in the kernel a signal came: there, or in a hook of the checker, or in what the stack says was called last.
+static const void* interrupted_at(const Machine& m, void* context) {
+    const mcontext_t& at = ((ucontext_t*)context)->uc_mcontext;
 #if defined(__x86_64__)
-    return (const void*)((ucontext_t*)context)->uc_mcontext.gregs[REG_RIP];
+    size_t pc = at.gregs[REG_RIP] + 1, sp = at.gregs[REG_RSP];       // + 1: like a return address, behind its instruction
 #elif defined(__aarch64__)
-    return (const void*)((ucontext_t*)context)->uc_mcontext.pc;
+    size_t pc = at.pc + 1, sp = at.sp;
 #else
-    return nullptr;
+    size_t pc = 0, sp = 0;
 #endif
+    const Module& module = *m.launch->module;
+    if (m.is_checked && (pc <= module.begin || pc >= module.end)) return m.last_pc;
+    for (; (pc <= module.begin || pc >= module.end) && sp - m.stack < STACK_BYTES - 8; sp += 8) pc = *(size_t*)sp;
+    return (const void*)pc;
 }
 
 // Comes every so often on each thread that runs blocks: a block that outlasts the limit spins.
@@ -414,7 +241,7 @@ static void on_tick(int, siginfo_t*, void* context) {
         m->n_blocks_seen = m->n_blocks;
         m->n_ticks = 0;
     } else if (++m->n_ticks >= 4) {
-        fail(interrupted_at(context), nullptr, 0, "ran for more than %g s; thread %u spins at {at}",
+        fail(interrupted_at(*m, context), nullptr, 0, "ran for more than %g s; thread %u spins at {at}",
              m->launch->time_limit_s, m->self->index);
     }
 }
@@ -423,8 +250,8 @@ static struct sigaction former_segv;
 
 static void on_bad_address(int signal, siginfo_t* info, void* context) {
     if (machine && machine->self && !machine->holds_heap)
-        fail(interrupted_at(context), nullptr, (uint64_t)info->si_addr, "out of bounds or misaligned: thread %u cannot "
-             "access {address}, at {at}", machine->self->index);
+        fail(interrupted_at(*machine, context), nullptr, (uint64_t)info->si_addr,
+             "out of bounds or misaligned: thread %u cannot access {address}, at {at}", machine->self->index);
     sigaction(signal, &former_segv, nullptr);            // not ours: the access runs again, into who was there before
 }
 
@@ -441,7 +268,8 @@ static void watch_signals() {
     sigaction(SIGSEGV, &action, nullptr);
 }
 
-static timer_t start_ticks(double limit_s) {
+// False where the system has no timers left: then a block that spins is never stopped.
+static bool start_ticks(double limit_s, timer_t* timer) {
     struct sigevent event = {};
     event.sigev_notify = SIGEV_THREAD_ID;
     event.sigev_signo = SIGRTMIN + 7;
@@ -449,13 +277,12 @@ static timer_t start_ticks(double limit_s) {
 #define sigev_notify_thread_id _sigev_un._tid
 #endif
     event.sigev_notify_thread_id = (int)syscall(SYS_gettid);
-    timer_t timer;
-    timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer);
+    if (timer_create(CLOCK_THREAD_CPUTIME_ID, &event, timer)) return false;
     const double tick_s = limit_s / 4;
     const timespec tick = {(time_t)tick_s, (long)((tick_s - (time_t)tick_s) * 1e9)};
     const itimerspec period = {tick, tick};
-    timer_settime(timer, 0, &period, nullptr);
-    return timer;
+    timer_settime(*timer, 0, &period, nullptr);
+    return true;
 }
 
 extern "C" void* __tls_get_addr(size_t*);
@@ -463,13 +290,15 @@ extern "C" void* __tls_get_addr(size_t*);
 struct Work {
     const Launch& launch;
     Report& report;
+    uint64_t n_blocks;
     std::atomic<uint64_t> next{0};
     std::atomic<bool> failed{false};
+    unsigned n_helpers = 0;                              // that are in it now
 };
 
-static void* work(void* argument) {
-    Work& work = *(Work*)argument;
+static void run_blocks(Work& work) {
     const Launch& launch = work.launch;
+    if (work.failed || work.next >= work.n_blocks) return;
     Machine* m = take_machine();
     m->launch = &launch;
     m->is_checked = launch.is_checked;
@@ -480,21 +309,60 @@ static void* work(void* argument) {
     m->block_dim = packed(launch.dim[0], launch.dim[1], launch.dim[2]);
     m->grid_dim = packed(launch.grid[0], launch.grid[1], launch.grid[2]);
     if (m->is_checked) check::start_machine(*m);
-    const uint64_t n = (uint64_t)launch.grid[0] * launch.grid[1] * launch.grid[2];
-    const timer_t timer = start_ticks(launch.time_limit_s);
+    timer_t timer;
+    const bool has_timer = start_ticks(launch.time_limit_s, &timer);
     machine = m;
-    for (uint64_t i; !work.failed && (i = work.next++) < n;) {
+    for (uint64_t i; !work.failed && (i = work.next++) < work.n_blocks;) {
         m->block = packed(i % launch.grid[0], i / launch.grid[0] % launch.grid[1], i / launch.grid[0] / launch.grid[1]);
         run_block(*m);
         if (m->report.is_error && !work.failed.exchange(true)) work.report = m->report;
     }
     machine = nullptr;
-    timer_delete(timer);
+    if (has_timer) timer_delete(timer);
     pthread_mutex_lock(&lock);
     if (m->is_checked) check::end_machine(*m);
     idle.push_back(m);
     pthread_mutex_unlock(&lock);
+}
+
+// Threads that wait for launches. The one that launches runs blocks too, and waits for no helper that has not begun.
+static std::vector<Work*> open_work;
+static unsigned n_helpers;
+static pthread_cond_t has_work = PTHREAD_COND_INITIALIZER, has_left = PTHREAD_COND_INITIALIZER;
+
+static void close(Work& work) { open_work.erase(std::remove(open_work.begin(), open_work.end(), &work), open_work.end()); }
+
+static void* help(void*) {
+    pthread_mutex_lock(&lock);
+    for (;;) {
+        while (open_work.empty()) pthread_cond_wait(&has_work, &lock);
+        Work& work = *open_work.back();
+        ++work.n_helpers;
+        pthread_mutex_unlock(&lock);
+        run_blocks(work);
+        pthread_mutex_lock(&lock);
+        close(work);                                     // no block is left
+        if (--work.n_helpers == 0) pthread_cond_broadcast(&has_left);
+    }
     return nullptr;
+}
+
+static void run(Work& work, unsigned n_workers) {
+    if (work.n_blocks == 1 || n_workers == 1) {
+        run_blocks(work);
+        return;
+    }
+    pthread_mutex_lock(&lock);
+    for (pthread_t thread; n_helpers + 1 < n_workers && pthread_create(&thread, nullptr, help, nullptr) == 0; ++n_helpers)
+        pthread_detach(thread);
+    open_work.push_back(&work);
+    pthread_cond_broadcast(&has_work);
+    pthread_mutex_unlock(&lock);
+    run_blocks(work);
+    pthread_mutex_lock(&lock);
+    close(work);
+    while (work.n_helpers) pthread_cond_wait(&has_left, &lock);
+    pthread_mutex_unlock(&lock);
 }
 
 static int find_module(dl_phdr_info* info, size_t, void* argument) {
@@ -535,15 +403,8 @@ extern "C" void emu_launch(const emu::Launch* launch, emu::Report* report) {
     }
     watch_signals();
     if (launch->is_checked) check::start_launch(*launch);
-    Work todo{*launch, *report};
-    const uint64_t n_blocks = (uint64_t)launch->grid[0] * launch->grid[1] * launch->grid[2];
-    std::vector<pthread_t> workers;
-    for (unsigned i = 1; i < launch->n_workers && i < n_blocks; ++i) {
-        pthread_t thread;
-        if (pthread_create(&thread, nullptr, work, &todo) == 0) workers.push_back(thread);
-    }
-    work(&todo);
-    for (pthread_t thread : workers) pthread_join(thread, nullptr);
+    Work work{*launch, *report, (uint64_t)launch->grid[0] * launch->grid[1] * launch->grid[2]};
+    run(work, launch->n_workers);
 }
 
 #include "checker.cpp"

@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from engine.errors import KernelError
-from engine.kernels import host
 
 GAP_BYTES = 1 << 16             # between arguments: an access beside one hits nothing else
 KEPT_BYTES = 64 << 20           # an arena above this goes back to the system after the launch
 SMALL_BYTES = 64 << 10          # operands below stay in a cache: reading them again is reported apart
-VALID, WRITTEN = 1, 2           # checker.cpp, state of a byte
+VALID, WRITTEN, WRITABLE = 1, 2, 4      # checker.cpp, state of a byte
 _lock = threading.Lock()        # there is one arena
 _last = None
 
@@ -86,7 +85,8 @@ class Watch:
         self.library = library
         self.arena = Arena()
         library.machine.emu_arena(ctypes.byref(self.arena))
-        arrays = [(param, array) for param, array in zip(params, args, strict=True) if param.is_pointer and array is not None]
+        arrays = [(param, array) for param, array in zip(params, args, strict=True)
+                  if param.is_pointer and array is not None]
         arrays.sort(key=lambda pair: pair[1].ctypes.data)
         self.names, segments, self.places = [], [], []
         source_end = 0
@@ -110,12 +110,18 @@ class Watch:
                        for param, value in zip(params, packed, strict=True)]
 
     def fill(self):
-        for begin, end in self.segments:
-            ctypes.memset(self.arena.state + begin, VALID, end - begin)
+        begins = [begin for begin, _ in self.segments]
+        states = [VALID] * len(begins)
         for param, source, n_bytes, place in self.places:
             ctypes.memmove(self.arena.bytes + place, source, n_bytes)
+            if param.access != "read":
+                states[bisect.bisect_right(begins, place) - 1] |= WRITABLE
+        for state, (begin, end) in zip(states, self.segments, strict=True):
+            ctypes.memset(self.arena.state + begin, state, end - begin)
+        for param, _, n_bytes, place in self.places:
             if param.access != "write":
-                ctypes.memset(self.arena.state + place, VALID | WRITTEN, n_bytes)
+                state = states[bisect.bisect_right(begins, place) - 1]
+                ctypes.memset(self.arena.state + place, state | WRITTEN, n_bytes)
 
     def copy_back(self):
         for param, source, n_bytes, place in self.places:
@@ -150,7 +156,8 @@ class Watch:
             key = offset, is_shared
             table[key] = tuple(a + b for a, b in zip(table.get(key, (0,) * 4), counts, strict=True))
         rows = tuple((*key, *counts) for key, counts in sorted(table.items()))
-        return Traffic(read, written, sum(row[4] for row in rows), reread, sum(row[5] for row in rows), self.library, rows)
+        moved, conflicts = sum(row[4] for row in rows), sum(row[5] for row in rows)
+        return Traffic(read, written, moved, reread, conflicts, self.library, rows)
 
     @staticmethod
     def _touched(memory, begin, end):

@@ -1,7 +1,7 @@
 """The emulated lane's compiler and launcher: .cu files through g++, with cuda/emu/ in the place of a GPU.
 
-Two builds of a kernel may live in one process: the plain one, and under set_checking(True) one whose every load and store
-goes through the checker (cuda/emu/checker.cpp), on copies of its arguments.
+Two builds of a kernel may live in one process: the plain one, and under set_checking(True) one whose every load and
+store goes through the checker (cuda/emu/checker.cpp, kernels/checker.py), on copies of its arguments.
 """
 
 import ctypes
@@ -12,20 +12,24 @@ import shutil
 import subprocess
 import tempfile
 from contextlib import contextmanager
-from functools import cached_property, lru_cache
+from functools import cache, cached_property
 from pathlib import Path
 
 from engine.errors import ConfigError, KernelError
+from engine.kernels import checker
 
-FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-march=native", "-g1")
-KERNEL_FLAGS = ("-fvisibility=hidden",)         # each file's static shared memory is its own, whoever has the same template
+FLAGS = ("-std=c++17", "-O2", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-w", "-march=native",
+         "-g1")
+# A file's static shared memory is its own, whoever has the same template; a return address names the line that calls.
+KERNEL_FLAGS = ("-fvisibility=hidden", "-fno-optimize-sibling-calls")
+RUNTIME_FLAGS = ("-ftls-model=initial-exec", "-fno-semantic-interposition")
 # g++'s thread sanitizer calls a hook at each access; the hooks are ours, so its library stays out. Loops are not turned
 # into calls that no hook sees.
 CHECK_FLAGS = ("-DEMU_CHECKED", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0",
                "--param=tsan-distinguish-volatile=1", "-fno-tree-loop-distribute-patterns", "-nostdlib")
 LIBRARIES = ("-lstdc++", "-lm", "-lc", "-lgcc")
-INSTALL = "install g++ 9 or newer with its C++ headers (Debian: apt install g++; Fedora: dnf install gcc-c++)"
-ROOT_FILE = re.compile(r'^#line (\d+) "([^"]*)"')
+INSTALL = "install g++ with its C++17 headers (12 is tested; Debian: apt install g++; Fedora: dnf install gcc-c++)"
+LINE_MARKER = re.compile(r'^#line (\d+) "([^"]*)"')
 n_builds = 0                # how often g++ ran
 block_limit_s = 120.0       # CPU time after which a block counts as one that never ends
 _is_checking = False
@@ -53,7 +57,7 @@ def cache_folder():
                      or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rawgem")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _writable(folder):
     folder = Path(folder)
     try:
@@ -64,12 +68,12 @@ def _writable(folder):
         return Path(_process_folder().name)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _process_folder():
     return tempfile.TemporaryDirectory(prefix="rawgem-")
 
 
-@lru_cache(maxsize=1)
+@cache
 def compiler():
     """(path, version text) of g++. Raises ConfigError."""
     path = shutil.which("g++")
@@ -97,7 +101,7 @@ def build(name, text, flags=()):
         source.write_text(text)
         result = subprocess.run([*command, f"-fdebug-prefix-map={scratch}=.", "-x", "c++", name, "-x", "none",
                                  "-o", out.name, *LIBRARIES],
-                                cwd=scratch, capture_output=True, text=True)
+                                cwd=scratch, env={**os.environ, "LC_ALL": "C"}, capture_output=True, text=True)
         if result.returncode:
             raise KernelError(f"{name} does not compile with g++ {' '.join(flags)}:\n{_complaint(text, result.stderr)}")
         os.replace(out, target)                             # whole or not at all, whoever else builds the same
@@ -109,7 +113,7 @@ def _complaint(text, log):
     error = re.search(r"^([^:\n]+):(\d+):(?:\d+:)? (?:fatal )?error", log, re.MULTILINE)
     file, number = "", 0
     for line in text.splitlines():
-        if marker := ROOT_FILE.match(line):
+        if marker := LINE_MARKER.match(line):
             file, number = marker[2], int(marker[1])
             continue
         if error and (file, number) == (error[1], int(error[2])):
@@ -118,15 +122,15 @@ def _complaint(text, log):
     return log
 
 
-@lru_cache(maxsize=1)
+@cache
 def _cpu():
     """What -march=native depends on."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ()
     return next((line for line in lines if line.startswith(("flags", "Features"))), "")
 
 
-@lru_cache(maxsize=None)
-def _emulator_text(file, flags=()):
+@cache
+def _emulator_text(file):
     """A file of cuda/emu/, with those it includes in their place."""
     from engine.kernels.source import folder
     lines = [f'#line 1 "emu/{file}"']
@@ -142,13 +146,14 @@ def _emulator_text(file, flags=()):
 def load_runtime(flags=()):
     """The emulator's machine. Raises ConfigError where g++ is missing or cannot compile it."""
     try:
-        return ctypes.CDLL(str(build("emulator.cpp", _emulator_text("runtime.cpp"), flags)), mode=ctypes.RTLD_GLOBAL)
+        library = build("emulator.cpp", _emulator_text("runtime.cpp"), (*RUNTIME_FLAGS, *flags))
+        return ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     except KernelError as error:
-        raise ConfigError(f"device 'emulated': the g++ of this machine does not compile the emulator; {INSTALL}\n{error}"
-                          ) from None
+        message = f"device 'emulated': the g++ of this machine does not compile the emulator; {INSTALL}\n{error}"
+        raise ConfigError(message) from None
 
 
-@lru_cache(maxsize=1)
+@cache
 def runtime():
     """The machine of this process."""
     return load_runtime()
@@ -179,8 +184,8 @@ class Launch(ctypes.Structure):
 class Library:
     """A compiled kernel file."""
 
-    def __init__(self, path, entry):
-        self.path = path
+    def __init__(self, path, file, entry):
+        self.path, self.file = path, file
         self.machine = runtime()
         library = ctypes.CDLL(str(path))
         self.run = ctypes.cast(getattr(library, f"{entry}__run"), ctypes.c_void_p)
@@ -188,21 +193,22 @@ class Library:
         self.machine.emu_module(self.run, ctypes.byref(self.module))
 
     def lines(self, offsets):
-        """For each address in the file, the line that it comes from: "rope.cu:40", "include/device.cuh:51 (rope.cu:40)"."""
+        """The line that each address in the file comes from: "rope.cu:40", "include/device.cuh:51 (rope.cu:40)"."""
         tool = shutil.which("addr2line")
         if tool is None:
-            return [f"address {offset:#x} of {self.path} (binutils' addr2line would name the line)" for offset in offsets]
+            return [f"{self.path}+{offset:#x} (addr2line of binutils would name the line)" for offset in offsets]
         text = subprocess.run([tool, "-a", "-i", "-e", str(self.path), *(hex(offset) for offset in offsets)],
                               capture_output=True, text=True).stdout
-        return [_line(frames.split("\n")[1:]) for frames in re.split(r"^0x", text, flags=re.MULTILINE)[1:]]
+        return [self._line(frames.split("\n")[1:]) for frames in re.split(r"^0x", text, flags=re.MULTILINE)[1:]]
 
-
-def _line(frames):
-    """The innermost frame outside the emulator, and the .cu line that it was inlined into."""
-    frames = [re.sub(r" \(discriminator \d+\)$", "", frame).replace("./", "") for frame in frames if frame]
-    frames = [frame for frame in frames if not frame.startswith("emu/")] or frames
-    outer = next((frame for frame in frames if ".cuh:" not in frame), frames[0])
-    return frames[0] if outer == frames[0] else f"{frames[0]} ({outer})"
+    def _line(self, frames):
+        """The innermost frame outside the emulator and its wrappers, and the .cu line that it was inlined into."""
+        frames = [re.sub(r" \(discriminator \d+\)$", "", frame).replace("./", "") for frame in frames if frame]
+        frames = [frame for frame in frames if not frame.startswith(("emu/", "include/mma.cuh"))] or frames
+        own = Path(self.file).name + ":"                    # some g++ have this one without its folder
+        frames = [frame.replace(own, f"{self.file}:") if frame.startswith(own) else frame for frame in frames]
+        outer = next((frame for frame in frames if ".cuh:" not in frame), frames[0])
+        return frames[0] if outer == frames[0] else f"{frames[0]} ({outer})"
 
 
 class Module:
@@ -211,32 +217,32 @@ class Module:
     def __init__(self, built):
         self.entry, self.params = built.entry, built.params
         glue = "\n".join(f'extern "C" __attribute__((visibility("default"), no_sanitize("thread")))\n'
-                         f"void {entry}__run(void** args) {{ emu::call({entry}, args); }}" for entry in built.source.entries)
+                         f"void {entry}__run(void** args) {{ emu::call({entry}, args); }}"
+                         for entry in built.source.entries)
         self._text = f'{_emulator_text("emu.h")}\n{built.source.text}\n#line 1 "glue"\n{glue}\n'
-        self._name = Path(built.source.file).name
+        self._file = built.source.file
         self._flags = (*KERNEL_FLAGS, *(f"-D{name}={value}" for name, value in built.constants.items()))
 
     @cached_property
     def plain(self):
-        return Library(build(self._name, self._text, self._flags), self.entry)
+        return Library(build(Path(self._file).name, self._text, self._flags), self._file, self.entry)
 
     @cached_property
     def checked(self):
-        return Library(build(self._name, self._text, (*self._flags, *CHECK_FLAGS)), self.entry)
+        return Library(build(Path(self._file).name, self._text, (*self._flags, *CHECK_FLAGS)), self._file, self.entry)
 
     def launch(self, grid, block, packed, args, smem):
         """Runs the kernel and waits for it. Raises KernelError with what the emulator found wrong."""
         if not _is_checking:
             self._run(self.plain, grid, block, packed, smem)
             return
-        from engine.kernels import checker
         with checker.watched(self.checked, self.params, packed, args) as watch:
             self._run(self.checked, grid, block, watch.packed, smem, watch)
 
     def _run(self, library, grid, block, packed, smem, watch=None):
         pointers = (ctypes.c_void_p * len(packed))(*(ctypes.addressof(value) for value in packed))
-        launch = Launch(library.run, ctypes.addressof(pointers), ctypes.pointer(library.module), tuple(grid), tuple(block),
-                        smem, _n_workers(), watch is not None, block_limit_s)
+        launch = Launch(library.run, ctypes.addressof(pointers), ctypes.pointer(library.module), tuple(grid),
+                        tuple(block), smem, _n_workers(), watch is not None, block_limit_s)
         if watch:
             launch.segments, launch.n_segments = ctypes.addressof(watch.segments), len(watch.segments)
         report = Report()
@@ -251,8 +257,9 @@ class Module:
         text = report.text.decode()
         for name, pc in (("{at}", report.pc), ("{other}", report.other_pc)):
             if name in text:
-                begin, end = library.module.begin, library.module.end
-                text = text.replace(name, library.lines([pc - 1 - begin])[0] if begin < pc <= end else "outside the kernel")
+                module = library.module
+                is_inside = module.begin < pc <= module.end
+                text = text.replace(name, library.lines([pc - 1 - module.begin])[0] if is_inside else "an unknown line")
         return text.replace("{address}", watch.describe(report.address) if watch else f"address {report.address:#x}")
 
 
@@ -262,5 +269,4 @@ def _n_workers():
 
 def last_traffic():
     """Traffic of the last launch under the checker."""
-    from engine.kernels import checker
     return checker.last_traffic()

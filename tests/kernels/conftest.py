@@ -1,4 +1,4 @@
-"""The lane that kernel tests run on: emulated always, --lane cuda where there is a GPU; --check watches every access."""
+"""The lane that kernel tests run on: emulated always, --lane cuda where there is a GPU; --check watches memory."""
 
 import numpy as np
 import pytest
@@ -35,12 +35,37 @@ class EmulatedLane:
         return host.last_traffic()
 
 
+class CudaLane:
+    name = "cuda"
+    is_checked = False
+
+    def __init__(self):
+        import cupy  # only where there is a GPU
+        self.cupy = cupy
+
+    def put(self, array):
+        return self.cupy.array(array, order="C")
+
+    def empty(self, shape, dtype):
+        array = self.cupy.empty(shape, dtype)
+        array.data.memset(0xFF, array.nbytes)
+        return array
+
+    def zeros(self, shape, dtype):
+        return self.cupy.zeros(shape, dtype)
+
+    def to_host(self, array):
+        return array.get()
+
+    def traffic(self):
+        pytest.skip("traffic is counted by the emulator, under --check")
+
+
 @pytest.fixture(scope="session")
 def lane(request):
-    name = request.config.getoption("--lane")
-    if name == "emulated":
-        is_checked = request.config.getoption("--check")
-        with host.checking(is_checked):
-            yield EmulatedLane(is_checked)
-    else:
-        raise pytest.UsageError(f"--lane {name}: not known")
+    if request.config.getoption("--lane") == "cuda":
+        yield CudaLane()
+        return
+    is_checked = request.config.getoption("--check")
+    with host.checking(is_checked):
+        yield EmulatedLane(is_checked)
