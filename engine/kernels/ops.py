@@ -69,5 +69,6 @@ def explain(spec, max_tokens):
                                            if n_splits > 1 else "one sum")
     for a in dict.fromkeys(layer.attention for layer in spec.layers):
         decode, prefill = (paged.geometry(a.head_dim, is_decode) for is_decode in (True, False))
+        split = paged.split_keys(a.n_kv_heads, a.window)
         yield (f"{a.kind} attention, head_dim {a.head_dim}: {decode.rows} rows a block for decoding, {prefill.rows} "
-               f"for prefill; tiles of {decode.keys} keys, partial sums every {paged.split_keys(a.n_kv_heads, a.window)}")
+               f"for prefill; tiles of {decode.keys} keys, partial sums every {split}")

@@ -41,4 +41,5 @@ def assert_as_good(got, want, plain, factor=2.0):
     errors, allowed = (np.linalg.norm((f64(a) - want).reshape(len(want), -1), axis=1) for a in (got, plain))
     floor = np.linalg.norm(want.reshape(len(want), -1), axis=1) * 2.0**-9      # a row that plain math happens to hit
     bad = ~(errors <= factor * np.maximum(allowed, floor))
-    assert not bad.any(), f"row {np.argmax(bad)}: error {errors[bad][0]:.3g}, plain bfloat16 math has {allowed[bad][0]:.3g}"
+    assert not bad.any(), (
+        f"row {np.argmax(bad)}: error {errors[bad][0]:.3g}, plain bfloat16 math has {allowed[bad][0]:.3g}")

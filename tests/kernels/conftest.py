@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from engine.cuda_lane import CudaLane
 from engine.kernels import host
 
 
@@ -35,27 +36,18 @@ class EmulatedLane:
         return host.last_traffic()
 
 
-class CudaLane:
+class GpuLane:
     name = "cuda"
     is_checked = False
 
-    def __init__(self):
-        import cupy  # only where there is a GPU
-        self.cupy = cupy
-
-    def put(self, array):
-        return self.cupy.array(array, order="C")
+    def __init__(self, cuda):
+        self._cuda = cuda
+        self.put, self.zeros, self.to_host = cuda.to_device, cuda.zeros, cuda.to_host
 
     def empty(self, shape, dtype):
-        array = self.cupy.empty(shape, dtype)
-        array.data.memset(0xFF, array.nbytes)
+        array = self._cuda.empty(shape, dtype)
+        array.data.memset_async(0xFF, array.nbytes, self._cuda.stream)
         return array
-
-    def zeros(self, shape, dtype):
-        return self.cupy.zeros(shape, dtype)
-
-    def to_host(self, array):
-        return array.get()
 
     def traffic(self):
         pytest.skip("traffic is counted by the emulator, under --check")
@@ -64,7 +56,9 @@ class CudaLane:
 @pytest.fixture(scope="session")
 def lane(request):
     if request.config.getoption("--lane") == "cuda":
-        yield CudaLane()
+        cuda = CudaLane(0, None, np.float32)
+        with cuda.running():
+            yield GpuLane(cuda)
         return
     is_checked = request.config.getoption("--check")
     with host.checking(is_checked):
