@@ -10,6 +10,7 @@ import numpy as np
 from engine import reference
 from engine.errors import ConfigError
 
+DTYPES = {"cpu": np.dtype(np.float32), "emulated": np.dtype(ml_dtypes.bfloat16), "cuda": np.dtype(ml_dtypes.bfloat16)}
 MAPPED_BYTES = 1 << 22      # from this size on NumPy asks for huge pages
 
 
@@ -53,7 +54,7 @@ class HostLane:
         array[...] = 0
 
     def to_device(self, array):
-        """The lane's copy of a host array; at set-up, not in a step."""
+        """A host array where the lane reads it, here the array itself; at set-up, not in a step."""
         return np.ascontiguousarray(array)
 
     def to_host(self, array):
@@ -88,20 +89,19 @@ class HostStepBuffer:
 
 
 def lane_of(device, dtype):
-    """(lane name, NumPy dtype) that the LLM arguments `device` and `dtype` ask for. Raises ConfigError."""
-    kind, _, index = device.partition(":") if isinstance(device, str) else ("", "", "")
-    if kind not in ("auto", "cuda", "cpu", "emulated") or (index and (kind != "cuda" or not index.isdecimal())):
+    """Name of the lane that the LLM arguments `device` and `dtype` ask for. Raises ConfigError."""
+    kind, colon, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind not in ("auto", *DTYPES) or (colon and (kind != "cuda" or not index.isdecimal())):
         raise ConfigError(f"device is {device!r}, expected auto, cuda, cuda:N, cpu or emulated")
     if dtype not in ("auto", "bfloat16", "float32"):
         raise ConfigError(f"dtype is {dtype!r}, expected auto, bfloat16 or float32")
     if kind == "auto":
         from engine.cuda_lane import gpu_is_present
-        kind = "cuda" if gpu_is_present() else "cpu"
-    on_host = kind == "cpu"
-    if dtype == ("bfloat16" if on_host else "float32"):
+        kind = "cuda" if dtype != "float32" and gpu_is_present() else "cpu"
+    if dtype not in ("auto", DTYPES[kind].name):
         raise ConfigError(f"dtype {dtype!r} on device {device!r}: the cpu lane computes in float32, cuda and emulated "
                           "in bfloat16")
-    return kind, np.dtype(np.float32 if on_host else ml_dtypes.bfloat16)
+    return kind
 
 
 def ops_of(kind, gemm="own"):
@@ -114,11 +114,14 @@ def ops_of(kind, gemm="own"):
 
 def open_lane(device, dtype, gemm="own"):
     """The lane for the LLM arguments of these names. Raises ConfigError for what cannot run here."""
-    kind, dtype = lane_of(device, dtype)
+    kind = lane_of(device, dtype)
     if kind == "cuda":
         from engine.cuda_lane import CudaLane
-        return CudaLane(int(device.partition(":")[2] or 0), ops_of(kind, gemm), dtype)
+        from engine.kernels.device import nvrtc
+        lane = CudaLane(int(device.partition(":")[2] or 0), ops_of(kind, gemm), DTYPES[kind])
+        nvrtc()                         # without it nothing would run either
+        return lane
     if kind == "emulated":
         from engine.kernels import host
         host.runtime()                  # without g++ nothing below would run
-    return HostLane(kind, ops_of(kind), dtype)
+    return HostLane(kind, ops_of(kind), DTYPES[kind])

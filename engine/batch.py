@@ -17,7 +17,6 @@ class PagedBatch:
     slots        [n_tokens] int32: page * page_size + offset, where each new token's k and v go
     rows         [(first new token, end, context length)]: the row's new tokens, and how many positions of it are in the
                  cache once they are written
-    last_visible [n_tokens] int32 or None: the last position each token may see, not before its own
     last_visible [n_tokens] int32: the last position each new token sees, its own or a later one of the same step (image
                  tokens see their whole image); None: no token sees later ones
     """

@@ -15,13 +15,16 @@ LOADING_BYTES = 64 << 20    # of each of the two pinned buffers that weights pas
 INSTALL = "pip install 'rawgem[gpu]' brings it (cupy-cuda12x, or cupy-cuda13x in its place)"
 MIN_CUPY = 14               # the first with bfloat16 arrays
 MIN_CAPABILITY = (8, 0)     # mma.sync on bfloat16, cp.async
+COMPUTE_CAPABILITY = (75, 76)           # cudaDeviceAttr: major, minor
 
 
 def gpu_is_present():
-    """Whether CuPy is installed and sees a GPU. Imports CuPy's bindings only, 10 ms; never raises."""
+    """Whether CuPy is installed and sees a GPU that the kernels run on. Imports CuPy's bindings only, 10 ms; never
+    raises."""
     try:
         from cupy_backends.cuda.api import runtime
-        return runtime.getDeviceCount() > 0
+        return runtime.getDeviceCount() > 0 and MIN_CAPABILITY <= tuple(
+            runtime.deviceGetAttribute(attribute, 0) for attribute in COMPUTE_CAPABILITY)
     except Exception:       # not installed, no driver, one too old, a library that does not load: no GPU either way
         return False
 
@@ -115,18 +118,18 @@ class CudaLane:
             return self.cupy.cuda.runtime.memGetInfo()[0]
 
     def capture(self, launch):
-        """(graph of what launch() puts on the stream, what launch() returns); nothing of it runs. Arrays that kernels
-        touch must outlive the graph, and all that differs from step to step must be in their memory."""
+        """The graph of what launch() puts on the stream; nothing of it runs. Arrays that kernels touch must outlive the
+        graph, and all that differs from step to step must be in their memory."""
         self.stream.begin_capture()
         try:
-            result = launch()
+            launch()
         except BaseException:
             with suppress(Exception):   # the stream must leave capture, whatever became of the graph
                 self.stream.end_capture()
             raise
         graph = self.stream.end_capture()
         graph.upload(self.stream)
-        return graph, result
+        return graph
 
 
 class PinnedRing:

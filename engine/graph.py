@@ -28,9 +28,9 @@ class GraphCache:
         return self.sizes[bisect_left(self.sizes, n_seqs)]
 
     def run(self, bucket, launch):
-        """Does what launch() does, and returns what it returned when it was last called.
+        """Does what launch() does.
 
-        bucket  what the graph is kept under: a size, or any key under which launch() always launches the same
+        bucket  what the graph is kept under: anything under which launch() always launches the same
         launch  launches kernels on the lane's stream and nothing else: no copy from the host, no allocation
 
         The first run of a bucket is eager: kernels compile, modules load. The second captures, and from then on the
@@ -38,17 +38,16 @@ class GraphCache:
         """
         if bucket not in self._captured:
             if not self.enabled or bucket not in self._warm or bucket in self.failures:
-                result = launch()
+                launch()
                 self._warm.add(bucket)
-                return result
+                return
             try:
                 self._captured[bucket] = self._lane.capture(launch)
             except Exception as error:                      # the step must go on, and eagerly it can
                 self.failures[bucket] = f"{type(error).__name__}: {error}"
-                return launch()
-        graph, result = self._captured[bucket]
-        graph.launch(self._lane.stream)
-        return result
+                launch()
+                return
+        self._captured[bucket].launch(self._lane.stream)
 
     def __str__(self):
         """For explain(): which buckets are captured, which are not and why."""

@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from engine import prompts as prompt_input
-from engine.backend import lane_of, open_lane, ops_of
+from engine.backend import lane_of, open_lane
 from engine.checks import is_int, is_number
 from engine.config import EngineConfig
 from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
@@ -39,16 +39,19 @@ class LLM:
 
     model             checkpoint directory, or a Hugging Face repo id (downloaded; HF_HUB_OFFLINE is respected)
     device            auto | cuda | cuda:N | cpu | emulated
-    dtype             auto (the checkpoint's on cuda and emulated, float32 on cpu) | bfloat16 | float32
+    dtype             auto (bfloat16 on cuda and emulated, float32 on cpu) | bfloat16 | float32
     draft, relaxed_acceptance      speculative decoding, refused for now; n_draft_tokens and draft_sampling go with them
     max_seq_len       tokens of the longest sequence; None takes what the model and the memory allow
     max_seqs          sequences computed at once
     max_batch_tokens  tokens computed in one step
     page_size         tokens of one KV page
-    kv_cache_bytes    None takes what max_seqs of max_seq_len need, at most a quarter of the host memory that is left
-    memory_fraction   share of a GPU's memory (or of plan's memory_bytes) to use
+    kv_cache_bytes    None takes what max_seqs of max_seq_len need, at most a quarter of the host memory that is left,
+                      or on cuda what memory_fraction leaves
+    memory_fraction   share of the GPU's free memory (or of plan's memory_bytes) to use
     prefix_caching    accepted; has no effect yet
-    graphs, gemm      choices of the cuda lane; no effect elsewhere
+    graphs            True and "auto" replay decode steps as CUDA graphs on cuda; False launches every kernel
+    gemm              own | cublas: matrix products on cuda; with cublas a row's bits may depend on its batch, and steps
+                      are no graphs
     seed              64-bit; requests without a seed of their own draw from (seed, submission counter)
     progress          bars while loading and generating, where stderr is a terminal
     Raises ConfigError, CheckpointError, MemoryPlanError. Threads may share one LLM; their requests run as one batch.
@@ -85,7 +88,7 @@ class LLM:
             lane.ops.check(spec)
         with Checkpoint.open(self.path) as checkpoint:
             accounts = checked_account(spec, checkpoint.tensors)            # before anything large is allocated
-            self._plan = plan_memory(spec, config, lane.ops, lane.dtype.itemsize, lane.memory_bytes())
+            self._plan = plan_memory(spec, config, lane.name, lane.memory_bytes())
             n_bytes = sum(checkpoint.tensors[name].n_bytes for name in accounts.names.values())
             with self._bar(n_bytes, "loading", unit="B", unit_scale=True) as bar:
                 self.weights = load(spec, checkpoint, accounts, lane, bar.update)
@@ -94,7 +97,9 @@ class LLM:
                                 lane)
         workspace = Workspace(spec, config.max_batch_tokens, config.max_seqs, lane)
         layers = LayerScheduler(spec, self.weights, self.kv_cache, workspace, lane)
-        stager = Stager(spec, self.kv_cache, self.max_seq_len, config.max_batch_tokens, lane) if lane.stages else None
+        stager = None
+        if lane.stages:
+            stager = Stager(spec, self.kv_cache, self.max_seq_len, config.max_batch_tokens, config.max_seqs, lane)
         can_capture = lane.has_graphs and config.gemm == "own"
         self.graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
         return Step(layers, workspace, lane, stager, self.graphs)
@@ -307,7 +312,7 @@ def plan(model, memory_bytes=None, **arguments):
     if memory_bytes is not None and not (is_number(memory_bytes) and memory_bytes > 0):
         raise ConfigError(f"memory_bytes is {memory_bytes!r}, expected a number of bytes > 0")
     spec = describe(Config.load(resolve(model, files=("config.json",), progress=config.progress)))
-    kind, dtype = lane_of(config.device, config.dtype)
+    kind = lane_of(config.device, config.dtype)
     if kind == "cuda" and memory_bytes is None:
         raise ConfigError(f"plan for device {config.device!r} needs memory_bytes, the memory of the GPU planned for")
-    return plan_memory(spec, config, ops_of(kind, config.gemm), dtype.itemsize, memory_bytes)
+    return plan_memory(spec, config, kind, memory_bytes)

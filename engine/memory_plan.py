@@ -4,8 +4,10 @@ import os
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from engine.backend import DTYPES, ops_of
 from engine.errors import ConfigError, MemoryPlanError
 from engine.kv_cache import PoolSpec, pool_specs
+from engine.step_inputs import Stager
 from engine.weights import n_weights
 from engine.workspace import Workspace
 
@@ -80,10 +82,9 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(spec, config, ops, itemsize, memory_bytes=None):
-    """The MemoryPlan of a ModelSpec under an EngineConfig, with weights and KV of `itemsize` bytes.
+def plan_memory(spec, config, kind, memory_bytes=None):
+    """The MemoryPlan of a ModelSpec under an EngineConfig on the lane named `kind`.
 
-    ops           op table of the lane, which says how much scratch it wants
     memory_bytes  what there is to plan with, of which `memory_fraction` is used; None is this host's memory, of which
                   the KV cache takes at most a quarter by default
     Raises MemoryPlanError when weights, workspace and one sequence do not fit, ConfigError for an impossible length.
@@ -91,9 +92,12 @@ def plan_memory(spec, config, ops, itemsize, memory_bytes=None):
     limit = config.max_seq_len or spec.max_positions
     if limit > spec.max_positions:
         raise ConfigError(f"max_seq_len is {limit}, the model's max_position_embeddings is {spec.max_positions}")
+    itemsize, specs = DTYPES[kind].itemsize, pool_specs(spec)
     weights_bytes = n_weights(spec) * itemsize
-    sizes = spec, config.max_batch_tokens, config.max_seqs
-    workspace_bytes = Workspace.n_bytes(*sizes, itemsize, ops.scratch_size(*sizes))
+    workspace_bytes = Workspace.n_bytes(spec, config.max_batch_tokens, config.max_seqs, itemsize,
+                                        ops_of(kind, config.gemm))
+    if kind != "cpu":
+        workspace_bytes += Stager.n_bytes(specs, config.max_batch_tokens, config.max_seqs, limit, config.page_size)
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
     left = memory - weights_bytes - workspace_bytes
     kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)
@@ -102,7 +106,6 @@ def plan_memory(spec, config, ops, itemsize, memory_bytes=None):
         raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {workspace_bytes} of "
                               f"workspace with {came}; lower kv_cache_bytes, max_batch_tokens or max_seqs, or use a "
                               "larger memory")
-    specs = pool_specs(spec)
     page_bytes = [pool.token_bytes(itemsize) * config.page_size for pool in specs]
     fits = _longest_that_fits(specs, config.page_size, page_bytes, kv_bytes, limit)
     if fits < (config.max_seq_len or 1):

@@ -12,34 +12,34 @@ class Step:
 
     def __init__(self, layers, workspace, lane, stager, graphs):
         self.layers, self.workspace, self.lane, self.ops = layers, workspace, lane, lane.ops
-        self._stager, self.graphs, self._decode_inputs = stager, graphs, {}
+        self._stager, self.graphs = stager, graphs
 
     def run(self, batch):
         """Computes `batch`; returns what is sampled for each row of batch.to_sample: [(token, top)], where top is None
         or (log-probability of the token, [(token id, log-probability)] of the likeliest)."""
         with self.lane.running():
-            if self.graphs.enabled and batch.is_decode and not _most_logprobs(batch):
-                inputs = self._decode_inputs_for(len(batch.to_sample))
+            if self.graphs.enabled and batch.is_decode and not any(_n_logprobs(batch)):
+                inputs = self._stager.decode(self.graphs.bucket(batch.n_tokens), len(batch.edits.token) > 0)
                 if inputs.holds(batch):
                     return self._decode(batch, inputs)
             return self._run(batch)
 
-    def _decode_inputs_for(self, n_seqs):
-        bucket = self.graphs.bucket(n_seqs)
-        if bucket not in self._decode_inputs:
-            self._decode_inputs[bucket] = self._stager.decode(bucket)
-        return self._decode_inputs[bucket]
+    def restart(self):
+        """After a step that did not end: an op may have left its counters anywhere."""
+        with self.lane.running():
+            self.workspace.clear_counters()
 
     def _decode(self, batch, inputs):
-        """A decode step whose launches are those of every other of its bucket, so that they can be replayed."""
+        """A decode step whose launches are those of every other with the same inputs, so that they can be replayed."""
         def launch():
             states = self.layers.run(inputs.batch)
             logits = self._logits(states, inputs.batch.sample_rows)
-            self.ops.apply_edits(logits, inputs.batch.edits)
+            if inputs.has_edits:
+                self.ops.apply_edits(logits, inputs.batch.edits)
             self.ops.sample(logits, inputs.batch.sampling, self.workspace.flat("tokens", len(logits)),
                             self.workspace.scratch)
         inputs.send(batch)
-        self.graphs.run(inputs.batch.n_tokens, launch)
+        self.graphs.run(f"{inputs.batch.n_tokens}{' with edits' * inputs.has_edits}", launch)
         tokens = self.lane.to_host(self.workspace.flat("tokens", len(batch.to_sample)))
         return [(token, None) for token in tokens.tolist()]
 
@@ -73,9 +73,9 @@ class Step:
     def _take(self, wanted, states, rows, following):
         """Hands logits, or the log-probabilities of the tokens that follow, to the tasks of (sequence, row) pairs."""
         logits = self._logits(states, rows)
-        n_top = max((s.task.params.prompt_logprobs for s, _ in wanted if s.task.samples), default=None)
-        host = self.lane.to_host(logits) if any(not s.task.samples for s, _ in wanted) else None
-        tops = None if n_top is None else self._top(logits, following, n_top)
+        n_tops = [sequence.task.params.prompt_logprobs if sequence.task.samples else 0 for sequence, _ in wanted]
+        tops = self._top(logits, following, n_tops) if any(n_tops) else None
+        host = None if all(n_tops) else self.lane.to_host(logits)
         at = 0
         for sequence, group in groupby(wanted, key=lambda pair: pair[0]):
             n = len(list(group))
@@ -93,30 +93,31 @@ class Step:
             self.ops.apply_edits(logits, inputs.edits)
         tokens = self.workspace.flat("tokens", len(logits))
         self.ops.sample(logits, inputs.sampling, tokens, self.workspace.scratch)
-        n_top = _most_logprobs(batch)
-        if not n_top:
+        n_tops = _n_logprobs(batch)
+        if not any(n_tops):
             return [(token, None) for token in self.lane.to_host(tokens).tolist()]
         if has_edits:                                       # they are of the model's own logits
             logits = self._logits(states, inputs.sample_rows)
-        tops = self._top(logits, tokens, n_top)
+        tops = self._top(logits, tokens, n_tops)
         return list(zip(self.lane.to_host(tokens).tolist(), tops, strict=True))
 
-    def _top(self, logits, chosen, n):
-        """[(log-probability of chosen[i], [(token id, log-probability)] of the n likeliest)] of each row."""
-        if n > MOST_TOP:
-            found = top_logprobs(self.lane.to_host(logits), self.lane.to_host(chosen), n)
-        else:
-            found = (self.workspace.flat("own_logprob", len(logits)), self.workspace.rows("top_ids", len(logits), n),
-                     self.workspace.rows("top_logprobs", len(logits), n))
-            self.ops.top_logprobs(logits, chosen, n, *found, self.workspace.scratch)
+    def _top(self, logits, chosen, n_tops):
+        """[(log-probability of chosen[i], [(token id, log-probability)] of at least the n_tops[i] likeliest)]."""
+        n, n_rows = min(max(n_tops), MOST_TOP), len(logits)
+        found = (self.workspace.flat("own_logprob", n_rows), self.workspace.rows("top_ids", n_rows, n),
+                 self.workspace.rows("top_logprobs", n_rows, n))
+        self.ops.top_logprobs(logits, chosen, n, *found, self.workspace.scratch)
         own, ids, values = (self.lane.to_host(array).tolist() for array in found)
-        return [(p, list(zip(i, v, strict=True))) for p, i, v in zip(own, ids, values, strict=True)]
+        tops = [(p, list(zip(i, v, strict=True))) for p, i, v in zip(own, ids, values, strict=True)]
+        if max(n_tops) > MOST_TOP:
+            logits, chosen = self.lane.to_host(logits), self.lane.to_host(chosen)
+            for i, n in enumerate(n_tops):
+                if n > MOST_TOP:                            # only the rows that ask: others keep their bits
+                    own, ids, values = (part[0].tolist() for part in top_logprobs(logits[[i]], chosen[[i]], n))
+                    tops[i] = own, list(zip(ids, values, strict=True))
+        return tops
 
-    def restart(self):
-        """After a step that did not end: an op may have left its counters anywhere."""
-        self.workspace.clear_counters()
 
-
-def _most_logprobs(batch):
-    """The most log-probabilities a token that a row of batch.to_sample wants."""
-    return max((sequence.task.params.n_logprobs for sequence, _ in batch.to_sample), default=0)
+def _n_logprobs(batch):
+    """How many log-probabilities a token each row of batch.to_sample wants."""
+    return [sequence.task.params.n_logprobs for sequence, _ in batch.to_sample]

@@ -10,9 +10,8 @@ from engine.sampler import NO_EDITS, LogitEdits, SamplingBatch
 
 ALIGNED = 16                # bytes: whatever a kernel loads at once begins on such a boundary
 EDITS_A_ROW = 512           # LogitEdits that a captured decode step has room for, a sequence
+MOST_FIELDS = 64            # of a step, each of which may leave ALIGNED bytes unused
 EDITS_OF_ROWS = ("edits.repetition", "edits.presence", "edits.frequency")       # the others are one an edit
-
-
 class Packed:
     """Named arrays in one step buffer, at places fixed by their capacities.
 
@@ -34,14 +33,14 @@ class Packed:
         return sum(-(-prod(shape) * np.dtype(dtype).itemsize // ALIGNED) * ALIGNED for dtype, shape in fields.values())
 
     def send(self, arrays, padding=None):
-        """Writes {name: array} and starts the copy. Where an array is shorter than its place, the rest is zero, or what
-        {name: value} `padding` says."""
+        """Writes {name: array} and starts the copy. Where an array is shorter than its place, the rest gets the value
+        that {name: value} `padding` has, or may hold anything."""
         n_last = 0
         for name, array in arrays.items():
             place, n = self._host[name], len(array)
             place[:n] = array
-            if n < len(place) and name != self._last[0]:
-                place[n:] = (padding or {}).get(name, 0)
+            if padding and name in padding:
+                place[n:] = padding[name]
             if name == self._last[0]:
                 n_last = n * place.itemsize * prod(place.shape[1:])
         self._buffer.send(self._last[1] + n_last)
@@ -85,11 +84,17 @@ class StagedEdits(LogitEdits):
 class DecodeInputs:
     """The inputs of decode steps of up to so many sequences, at addresses that never change: what a graph reads.
 
-    batch  the StagedBatch, of the largest size; rows beyond a step's own compute what nobody reads and write no k or v
+    batch      the StagedBatch, of the largest size; rows beyond a step's own are token 0, cached nowhere, attended to
+               nothing and sampled greedily, and nobody reads what comes of them
+    has_edits  whether there is room for LogitEdits
     """
 
     def __init__(self, packed, batch, arrays_of, n_edits):
         self.batch, self._packed, self._arrays_of, self._n_edits = batch, packed, arrays_of, n_edits
+
+    @property
+    def has_edits(self):
+        return self._n_edits > 0
 
     def holds(self, batch):
         """Whether the batch's edits fit."""
@@ -98,36 +103,54 @@ class DecodeInputs:
     def send(self, batch):
         """Starts the copy of a decode Batch."""
         arrays = self._arrays_of(batch)
-        self._packed.send(arrays, {**{name: -1 for name in arrays if name.startswith("slots")},
-                                    "cu_seqlens": batch.n_tokens, "sampling.is_greedy": True})
+        slots = {name: -1 for name in arrays if name.startswith("slots")}
+        self._packed.send(arrays, {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True, **slots})
 
 
 class Stager:
-    """Brings the batches of one engine to its lane."""
+    """Brings the batches of one engine to its lane, through one buffer of its own."""
 
-    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, lane):
+    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, max_seqs, lane):
         self._lane, self._kv_cache, self._max_seq_len = lane, kv_cache, max_seq_len
         self._heads = spec.layers[0].attention.n_heads
         self._last = kv_cache.layer_slot[len(spec.layers) - 1][0]
-        n_ints = 16 * max_tokens + sum(
-            pages.n_pages + ITEM * work_capacity(max_tokens, pool.n_kv_heads, pool.head_dim)
-            for pool, pages in zip(kv_cache.specs, kv_cache.allocators, strict=True))
-        self._buffer = lane.step_buffer(4 * n_ints + (1 << 16))         # of edits there may be more
+        self._buffer = self._decode_buffer = lane.step_buffer(
+            self.n_bytes(kv_cache.specs, max_tokens, max_seqs, max_seq_len, kv_cache.page_size))
+        self._decode_inputs = {}
+
+    @staticmethod
+    def n_bytes(pools, max_tokens, max_seqs, max_seq_len, page_size):
+        """Bytes of the buffer; only a step with more than EDITS_A_ROW edits a sequence needs another."""
+        n_seqs = min(max_seqs, max_tokens)
+        n_ints = 5 * max_tokens + 5 * (n_seqs + 1)
+        for pool in pools:
+            n_ints += max_tokens + n_seqs + 2 * ITEM * work_capacity(max_tokens, pool.n_kv_heads, pool.head_dim)
+            n_ints += n_seqs * -(-max_seq_len // page_size)
+        columns = [*_columns("", SamplingBatch.build(())).values(), *EDITS_A_ROW * [*_columns("", NO_EDITS).values()]]
+        return 4 * n_ints + n_seqs * sum(column.itemsize for column in columns) + ALIGNED * MOST_FIELDS
 
     def __call__(self, batch):
         """The StagedBatch of a Batch; it is good until the next one."""
         arrays = self._arrays(batch)
         fields = {name: (array.dtype, array.shape) for name, array in arrays.items()}
         n_bytes = Packed.n_bytes(fields)
-        if n_bytes > len(self._buffer.host):                # penalties on long texts
+        if n_bytes > len(self._buffer.host):
             self._buffer = self._lane.step_buffer(2 * n_bytes)
         packed = Packed(self._buffer, fields)
         packed.send(arrays)
         return self._staged(packed.device)
 
-    def decode(self, n_seqs):
-        """The DecodeInputs for up to n_seqs sequences."""
-        n_edits = n_seqs * EDITS_A_ROW
+    def decode(self, n_seqs, has_edits):
+        """The DecodeInputs for up to n_seqs sequences, and EDITS_A_ROW edits of each where it has any."""
+        if (n_seqs, has_edits) not in self._decode_inputs:
+            n_edits = n_seqs * EDITS_A_ROW * has_edits
+            packed = Packed(self._decode_buffer, self._decode_fields(n_seqs, n_edits))
+            self._decode_inputs[n_seqs, has_edits] = DecodeInputs(packed, self._staged(packed.device), self._arrays,
+                                                                  n_edits)
+        return self._decode_inputs[n_seqs, has_edits]
+
+    def _decode_fields(self, n_seqs, n_edits):
+        """The fields of Packed for decode steps of so many sequences and edits."""
         ints = {"token_ids": (n_seqs,), "positions": (n_seqs,), "take_rows": (0,), "take_next": (0,),
                 "sample_rows": (n_seqs,), "context_lens": (n_seqs,), "cu_seqlens": (n_seqs + 1,), "edits.n_edits": (1,)}
         n_pages = 0
@@ -141,12 +164,11 @@ class Stager:
                    for name, column in _columns("sampling", SamplingBatch.build(())).items()}
         places |= {name: (column.dtype, (n_seqs if name in EDITS_OF_ROWS else n_edits,))
                    for name, column in _columns("edits", NO_EDITS).items()}
-        places |= {"page_table": (np.int32, (n_pages,))}
-        packed = Packed(self._lane.step_buffer(Packed.n_bytes(places)), places)
-        return DecodeInputs(packed, self._staged(packed.device), self._arrays, n_edits)
+        return places | {"page_table": (np.int32, (n_pages,))}
 
     def _arrays(self, batch):
         """{name: host array} of everything that is staged; the page tables, whose size varies most, are last."""
+        assert all(pool.last_visible is None for pool in batch.pools), "image blocks are not staged yet"
         first, page_begins = 0, {}
         for p, pool in enumerate(batch.pools):
             page_begins[f"page_begin{p}"] = pool.page_begin + np.int32(first)

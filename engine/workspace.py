@@ -62,11 +62,12 @@ class Workspace:
                 "top_ids": (n_logits, MOST_TOP, np.int32), "top_logprobs": (n_logits, MOST_TOP, np.float32)}
 
     @classmethod
-    def n_bytes(cls, spec, max_tokens, max_logit_rows, itemsize, scratch_size):
-        """What a Workspace takes: activations of `itemsize` bytes, and a scratch of (floats, counters)."""
+    def n_bytes(cls, spec, max_tokens, max_logit_rows, itemsize, ops):
+        """What a Workspace takes: activations of `itemsize` bytes, and the scratch that `ops` want."""
+        max_logit_rows = min(max_logit_rows, max_tokens)
         shapes = cls.shapes(spec, max_tokens, max_logit_rows).values()
         return sum(rows * width * (itemsize if dtype is None else 4) for rows, width, dtype in shapes) \
-            + 4 * sum(scratch_size)
+            + 4 * sum(ops.scratch_size(spec, max_tokens, max_logit_rows))
 
     def flat(self, name, n):
         """[n] view of buffer `name`."""

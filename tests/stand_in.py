@@ -316,6 +316,10 @@ def getDeviceCount():
     return _gpu.n_devices
 
 
+def deviceGetAttribute(attribute, device):
+    return {75: int(_gpu.capability[:-1]), 76: int(_gpu.capability[-1])}[attribute]
+
+
 def memGetInfo():
     return TOTAL_BYTES - _gpu.n_live_bytes, TOTAL_BYTES
 
@@ -337,7 +341,7 @@ def launchKernel(f, grid_dim_x, grid_dim_y, grid_dim_z, block_dim_x, block_dim_y
 
 def _modules():
     """{module name: module}"""
-    runtime = {"getDevice": getDevice, "getDeviceCount": getDeviceCount, "memGetInfo": memGetInfo,
+    runtime = {"getDevice": getDevice, "deviceGetAttribute": deviceGetAttribute, "getDeviceCount": getDeviceCount, "memGetInfo": memGetInfo,
                "CUDARuntimeError": CUDARuntimeError}
     contents = {
         "cupy": {"__version__": "14.0.0", "ndarray": ndarray, "empty": empty,

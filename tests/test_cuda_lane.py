@@ -43,8 +43,9 @@ def test_gpu_is_present():
     assert gpu_is_present() in (True, False)
     with stand_in.installed():
         assert gpu_is_present()
-    with stand_in.installed(n_devices=0):
-        assert not gpu_is_present()
+    for arguments in ({"n_devices": 0}, {"capability": "75"}):
+        with stand_in.installed(**arguments):
+            assert not gpu_is_present()
     with mock.patch.dict(sys.modules, {"cupy_backends": None, "cupy_backends.cuda.api": None}):
         assert not gpu_is_present()
 

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 from engine import LLM, SamplingParams
+from engine.workspace import MOST_TOP
 from tests import tiny_models as tiny
 from tests.golden import Golden
 
@@ -91,7 +92,7 @@ def test_logits_are_the_same_bits_in_any_order_of_the_batch(same_bits, open_llm)
 def test_decoded_tokens_have_the_logits_of_the_whole_text(checkpoints, open_llm):
     """Cached or not: what decoding saw is what one forward pass over the finished text computes."""
     llm = open_llm(checkpoints["gemma4"], max_seq_len=64)
-    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, n_logprobs=4)
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
     for output in llm.generate([tiny_prompt(5), tiny_prompt(17)], params):
         text = output.prompt_token_ids + output.token_ids
         logits = llm.forward([text[:-1]], return_logits=len(output.token_ids)).logits[0]
@@ -137,3 +138,27 @@ def test_logprobs_and_hidden_states_come_from_the_lane(checkpoints, open_llm):
     for position, found in enumerate(output.prompt_logprobs[1:]):
         assert prompt[position + 1] in found
         assert all(abs(logprobs[position][token] - p) < 1e-5 for token, p in found.items())
+
+
+def test_logprobs_do_not_depend_on_how_many_the_neighbours_want(tmp_path, open_llm):
+    """Beyond MOST_TOP they are found on the host, but only for the rows that ask."""
+    path = tiny.write(tmp_path / "c", "gemma3", with_text=False, vocab_size=MOST_TOP + 100)
+    llm = open_llm(path, max_seq_len=32)
+    wanted = (3, MOST_TOP, MOST_TOP + 76, 0)
+    params = [SamplingParams(temperature=0, max_tokens=3, n_logprobs=n, prompt_logprobs=n, ignore_eos=True)
+              for n in wanted]
+    prompts = [tiny_prompt(n) for n in (5, 6, 7, 8)]
+    together = llm.generate(prompts, params)
+    for n, prompt, one, output in zip(wanted, prompts, params, together, strict=True):
+        alone = llm.generate(prompt, one)
+        assert (alone.logprobs, alone.prompt_logprobs) == (output.logprobs, output.prompt_logprobs)
+        assert not n or all(len(found) in (n, n + 1) for found in output.logprobs + output.prompt_logprobs[1:])
+
+
+def test_the_plan_counts_what_is_taken(checkpoints, open_llm):
+    for arguments in ({}, {"max_seqs": 300, "max_batch_tokens": 20}, {"max_seqs": 3, "max_seq_len": 40, "page_size": 5}):
+        llm = open_llm(checkpoints["gemma4"], **{"max_seq_len": 64, **arguments})
+        workspace, stager = llm._loop.runner.workspace, llm._loop.runner._stager
+        taken = sum(buffer.nbytes for buffer in [*workspace._buffers.values(), *workspace.scratch])
+        assert llm.plan().workspace_bytes == taken + stager._buffer.device.nbytes
+        assert llm.plan().kv_bytes == sum(pool.nbytes for pool in llm.kv_cache.k + llm.kv_cache.v)

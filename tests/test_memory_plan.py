@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine import LLM, memory_plan, plan, reference
+from engine import LLM, memory_plan, plan
 from engine.backend import HostLane
 from engine.config import EngineConfig
 from engine.errors import ConfigError, MemoryPlanError
@@ -120,10 +120,10 @@ def test_pools_of_any_size(spec, kv_bytes, page_size, max_seqs, max_batch_tokens
         return sum(pool.page_bytes * pool.spec.pages_needed(n_tokens, page_size) for pool in pools)
 
     try:
-        got = plan_memory(spec, config, reference, 4, memory_bytes=10**9)
+        got = plan_memory(spec, config, "cpu", memory_bytes=10**9)
     except MemoryPlanError:
         small = EngineConfig(page_size=page_size, max_seq_len=1)
-        one_page_each = plan_memory(spec, small, reference, 4, memory_bytes=10**9)
+        one_page_each = plan_memory(spec, small, "cpu", memory_bytes=10**9)
         assert needs(one_page_each.pools, 1) > kv_bytes
         return
     n = got.max_seq_len
@@ -180,15 +180,15 @@ def test_refusals(directory, arguments, error, expected):
 def test_the_host_lends_a_quarter(monkeypatch):
     spec = describe(Config(tiny.flat("gemma3", max_position_embeddings=10**6)))
     monkeypatch.setattr(memory_plan, "host_memory_left", lambda: 40_000_000)
-    got = plan_memory(spec, EngineConfig(), reference, 4)
+    got = plan_memory(spec, EngineConfig(), "cpu")
     quarter = (40_000_000 - got.weights_bytes - got.workspace_bytes) // 4
     assert got.memory_bytes == 40_000_000
     assert quarter - sum(pool.page_bytes for pool in got.pools) < got.kv_bytes <= quarter
     told = EngineConfig(kv_cache_bytes=3 * quarter)
-    assert plan_memory(spec, told, reference, 4).kv_bytes > 2 * quarter
+    assert plan_memory(spec, told, "cpu").kv_bytes > 2 * quarter
     monkeypatch.setattr(memory_plan, "host_memory_left", lambda: 1000)
     with pytest.raises(MemoryPlanError, match="1000 bytes cannot hold"):
-        plan_memory(spec, EngineConfig(), reference, 4)
+        plan_memory(spec, EngineConfig(), "cpu")
 
 
 MEMINFO = "MemTotal:       16000 kB\nMemFree:         100 kB\nMemAvailable:    8000 kB\nHugePages_Total:       0\n"
@@ -228,7 +228,7 @@ def test_memory_left_on_this_machine():
 def test_text():
     spec = describe(Config(tiny.flat("gemma4")))
     config = EngineConfig(kv_cache_bytes=3 * MiB, max_seqs=2, max_batch_tokens=512)
-    got = plan_memory(spec, config, reference, 4, memory_bytes=100 * MiB)
+    got = plan_memory(spec, config, "cpu", memory_bytes=100 * MiB)
     assert str(got).splitlines() == [
         "weights                    0.3 MiB",
         "KV sliding(5)              0.2 MiB  16 pages of 16: 256 tokens, 1024 bytes a token in 4 layers "

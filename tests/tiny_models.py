@@ -29,8 +29,9 @@ def write(directory, family, seed=0, layers="ssgs", generation=None, with_text=T
     with_text   with the files of a tokenizer and a chat template
     fields      further fields of config.json
     """
-    config = tiny.flat(family, vocab_size=VOCAB, tie_word_embeddings=False, num_hidden_layers=len(layers),
-                       layer_types=[KINDS[kind] for kind in layers], **{**HEADS[family], **fields})
+    config = tiny.flat(family, tie_word_embeddings=False, num_hidden_layers=len(layers),
+                       layer_types=[KINDS[kind] for kind in layers],
+                       **{"vocab_size": VOCAB, **HEADS[family], **fields})
     tiny.write_checkpoint(directory, config, seed=seed)
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))

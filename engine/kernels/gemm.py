@@ -114,7 +114,8 @@ def scratch_size(n_rows, n_in, max_tokens):
 
 def _token_counts(max_tokens):
     """Numbers of tokens up to max_tokens among which every tile has its largest launch."""
-    return sorted({*(min(tile.tokens, max_tokens) for tile in NARROW), *range(64, max_tokens, 64), max_tokens})
+    most = min(max_tokens, WIDE.tokens * N_RESIDENT)        # beyond, every weight has WIDE tiles for the whole machine
+    return sorted({*(min(tile.tokens, max_tokens) for tile in NARROW), *range(64, most, 64), max_tokens})
 
 
 def linear(x, weight, out, scratch, residual=None):

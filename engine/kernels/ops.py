@@ -8,7 +8,7 @@ from engine.kernels.activation import logit_softcap
 from engine.kernels.attention import attention
 from engine.kernels.embedding import embed, select_rows
 from engine.kernels.gemm import gated_linear, linear
-from engine.kernels.rmsnorm import add_norm, rms_norm
+from engine.kernels.rmsnorm import MOST_HIDDEN, add_norm, rms_norm
 from engine.kernels.rope import qk_norm_rope_cache, rope_angles
 from engine.kernels.sampling import apply_edits, sample, top_logprobs
 
@@ -37,12 +37,18 @@ def with_cublas():
         sizes = [scratch_size(spec, max_tokens, max_logit_rows)]
         sizes += [cublas.scratch_size(2 * layer.mlp.intermediate, spec.hidden, max_tokens) for layer in spec.layers]
         return tuple(map(max, zip(*sizes, strict=True)))
+
+    def explain_with_cublas(spec, max_tokens):
+        yield "matrix products: cuBLAS, so a row's bits may depend on its batch"
+        yield from explain_attention(spec)
     return SimpleNamespace(**{**table, "linear": cublas.linear, "gated_linear": cublas.gated_linear,
-                              "scratch_size": scratch_with_cublas})
+                              "scratch_size": scratch_with_cublas, "explain": explain_with_cublas})
 
 
 def check(spec):
     """Raises ConfigError for a ModelSpec with a size that no kernel takes."""
+    if spec.hidden > MOST_HIDDEN:
+        raise ConfigError(f"hidden_size is {spec.hidden}: the norm kernels take up to {MOST_HIDDEN}; device='cpu' takes any")
     sizes = {"hidden_size": spec.hidden, "vocab_size": spec.vocab}
     for layer in spec.layers:
         attention = layer.attention
@@ -67,6 +73,11 @@ def explain(spec, max_tokens):
         n_splits, length = gemm.splits(n_rows, n_in)
         yield f"  [{n_rows}, {n_in}]: " + (f"{n_splits} sums of {length}, whose blocks fill the machine for one token"
                                            if n_splits > 1 else "one sum")
+    yield from explain_attention(spec)
+
+
+def explain_attention(spec):
+    """A line for each kind of attention."""
     for a in dict.fromkeys(layer.attention for layer in spec.layers):
         decode, prefill = (paged.geometry(a.head_dim, is_decode) for is_decode in (True, False))
         split = paged.split_keys(a.n_kv_heads, a.window)

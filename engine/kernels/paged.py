@@ -180,28 +180,6 @@ class PagedInputs:
     n_prefill_work: object
     n_prefill_blocks: int
 
-    @classmethod
-    def of(cls, rows, page_lists, page_size, *, n_heads, n_kv_heads, head_dim, put, window=None, chunk=None,
-           last_visible=None):
-        """From rows as plan() takes them and one PageList a sequence; put(array) brings a host array to the lane."""
-        table, page_begin, slots = [], [], []
-        for held, (begin, end, context) in zip(page_lists, rows, strict=True):
-            page_begin.append(len(table) - held.first)
-            table += held.pages
-            slots += [table[page_begin[-1] + at // page_size] * page_size + at % page_size
-                      for at in range(context - (end - begin), context)]
-        work = plan(rows, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, window=window, chunk=chunk,
-                    last_visible=last_visible)
-
-        def lane_array(values):
-            return put(np.array(values, np.int32))
-
-        return cls(lane_array(slots), lane_array(table), lane_array(page_begin), lane_array([c for _, _, c in rows]),
-                   lane_array([0, *(end for _, end, _ in rows)]),
-                   None if last_visible is None else lane_array(last_visible), page_size,
-                   put(work.decode), lane_array([len(work.decode)]), blocks(len(work.decode), n_kv_heads),
-                   put(work.prefill), lane_array([len(work.prefill)]), blocks(len(work.prefill), n_kv_heads))
-
 
 def blocks(n_work, n_kv_heads):
     """Blocks to launch for n_work items of each KV head: enough, or as many as the machine holds."""

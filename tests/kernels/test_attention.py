@@ -6,6 +6,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
+from engine.batch import PagedBatch
 from engine.errors import ShapeError
 from engine.kernels import paged as planning
 from engine.kernels.attention import attention
@@ -70,8 +71,19 @@ class Case:
         return self.k.shape[3] ** -0.5
 
     def inputs(self, put):
-        see = {name: self.see.get(name) for name in ("window", "chunk", "last_visible")}
-        return PagedInputs.of(self.rows, self.lists, self.k.shape[1], **self.dims, put=put, **see)
+        """PagedInputs on the lane that put(host array) brings arrays to."""
+        page_size, last_visible = self.k.shape[1], self.see.get("last_visible")
+        see = {name: self.see.get(name) for name in ("window", "chunk")}
+        work = plan(self.rows, **self.dims, last_visible=last_visible, **see)
+        batch = PagedBatch(self.lists, None, self.rows, page_size)      # k and v are there: slots are not read
+        blocks = [planning.blocks(len(items), self.dims["n_kv_heads"]) for items in work]
+        return PagedInputs(
+            slots=None, page_table=put(batch.page_table), page_begin=put(batch.page_begin),
+            context_lens=put(batch.context_lens), cu_seqlens=put(batch.cu_seqlens),
+            last_visible=None if last_visible is None else put(np.array(last_visible, np.int32)), page_size=page_size,
+            decode_work=put(work.decode), n_decode_work=put(np.array([len(work.decode)], np.int32)),
+            n_decode_blocks=blocks[0], prefill_work=put(work.prefill),
+            n_prefill_work=put(np.array([len(work.prefill)], np.int32)), n_prefill_blocks=blocks[1])
 
     def only(self, sequence, first, end):
         """New tokens first..end of one sequence, computed when the cache held no more than they see."""
