@@ -73,22 +73,30 @@ template <class Visit> __device__ __forceinline__ void each_column(int warp_n, V
     }
 }
 
-// Starts to copy rows of head_dim values to shared memory, zeros behind them and in the place of rows at a negative source.
-template <int n_rows, int n_values, class Source>
-__device__ __forceinline__ void load_chunks(unsigned char* to, const bf16* from, int head_dim, Source source_of) {
+// Starts to copy rows of head_dim values to shared memory, zeros behind them and in the place of rows below 0: row_of(r) of
+// `from`, whose rows are `stride` values apart.
+template <int n_rows, int n_values, class Row>
+__device__ __forceinline__ void load_chunks(unsigned char* to, const bf16* from, int head_dim, int stride, Row row_of) {
     constexpr int N_CHUNKS = HEAD_DIM / n_values;
-    #pragma unroll 2
-    for (int i = threadIdx.x; i < n_rows * N_CHUNKS; i += THREADS) {
-        const int row = i / N_CHUNKS, column = i % N_CHUNKS * n_values;
-        const i64 source = source_of(row);
-        const bool is_read = source >= 0 && column < head_dim;
-        copy_async<2 * n_values>(to + row * ROW_BYTES + 2 * column, is_read ? from + source + column : from, is_read);
+    const auto copy = [&](int r, int column) {
+        const int row = row_of(r);
+        const bool is_read = row >= 0 && column < head_dim;
+        const u64 at = (u64)(u32)(is_read ? row : 0) * (u32)(2 * stride) + (is_read ? 2 * column : 0);
+        copy_async<2 * n_values>(to + r * ROW_BYTES + 2 * column, (const unsigned char*)from + at, is_read);
+    };
+    if constexpr (THREADS % N_CHUNKS == 0 && n_rows % (THREADS / N_CHUNKS) == 0) {      // a thread stays in its column
+        const int first = threadIdx.x / N_CHUNKS, column = threadIdx.x % N_CHUNKS * n_values;
+        #pragma unroll 4
+        for (int r = 0; r < n_rows; r += THREADS / N_CHUNKS) copy(first + r, column);
+    } else {
+        #pragma unroll 2
+        for (int i = threadIdx.x; i < n_rows * N_CHUNKS; i += THREADS) copy(i / N_CHUNKS, i % N_CHUNKS * n_values);
     }
 }
-template <int n_rows, class Source>
-__device__ __forceinline__ void load_rows(unsigned char* to, const bf16* from, int head_dim, Source source_of) {
-    if (head_dim % 8 == 0) load_chunks<n_rows, 8>(to, from, head_dim, source_of);
-    else load_chunks<n_rows, 4>(to, from, head_dim, source_of);
+template <int n_rows, class Row>
+__device__ __forceinline__ void load_rows(unsigned char* to, const bf16* from, int head_dim, int stride, Row row_of) {
+    if (head_dim % 8 == 0) load_chunks<n_rows, 8>(to, from, head_dim, stride, row_of);
+    else load_chunks<n_rows, 4>(to, from, head_dim, stride, row_of);
 }
 
 // s += Q K^T of a warp's 16 rows and WARP_KEYS keys.
@@ -121,13 +129,18 @@ __device__ __forceinline__ void score(float (&s)[WARP_KEYS / 8][4], const unsign
 __device__ __forceinline__ void limit(float (&s)[WARP_KEYS / 8][4], float scale, float softcap, bool is_edge, int key,
                                       const int* first, const int* last) {
     #pragma unroll
-    for (int e = 0; e < WARP_KEYS / 2; ++e) {
-        float& x = s[e / 4][e % 4];
-        x = __fmul_rn(x, scale);
-        if (softcap != 0.f) x = __fmul_rn(tanhf(x), softcap);
-        if (is_edge) {
-            const int at = key + e / 4 * 8 + e % 2, half = e / 2 % 2;
-            if (at < first[8 * half] || at > last[8 * half]) x = minus_infinity();
+    for (int e = 0; e < WARP_KEYS / 2; ++e) s[e / 4][e % 4] = __fmul_rn(s[e / 4][e % 4], scale);
+    if (softcap != 0.f) {
+        #pragma unroll
+        for (int e = 0; e < WARP_KEYS / 2; ++e) s[e / 4][e % 4] = __fmul_rn(tanhf(s[e / 4][e % 4]), softcap);
+    }
+    if (is_edge) {
+        const int from[2] = {first[0] - key, first[8] - key}, to[2] = {last[0] - key, last[8] - key};
+        #pragma unroll
+        for (int e = 0; e < WARP_KEYS / 2; ++e) {
+            const int at = e / 4 * 8 + e % 2, half = e / 2 % 2;
+            const bool is_seen = at >= from[half] && at <= to[half];
+            s[e / 4][e % 4] = is_seen ? s[e / 4][e % 4] : minus_infinity();
         }
     }
 }
@@ -187,7 +200,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS)
     unsigned char* const p_rows = ring + SLOTS * KEYS * ROW_BYTES;
     float* const row_max = (float*)(p_rows + (WARPS_N > 1 ? ROWS * P_ROW_BYTES : 0));       // [WARPS_N, ROWS]
     int* const key_slots = (int*)(row_max + (WARPS_N > 1 ? WARPS_N * ROWS : 0));            // [2 tiles, KEYS]
-    i64* const sources = (i64*)(key_slots + 2 * KEYS);              // [ROWS] of q and out, -1 where there is no row
+    int* const sources = key_slots + 2 * KEYS;                      // [ROWS] of q and out, -1 where there is no row
     int* const first_seen = (int*)(sources + ROWS);                 // [ROWS] keys; behind the last row, what that sees
     int* const last_seen = first_seen + ROWS;
     int* const n_before = last_seen + ROWS;
@@ -208,7 +221,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS)
         __syncthreads();                            // nobody reads the last item's any more
         for (int r = threadIdx.x; r < ROWS; r += THREADS) {
             const int at = first_row + min(r, n_rows - 1), token = at / group;
-            sources[r] = r < n_rows ? ((i64)(begin + token) * n_heads + kv_head * group + at % group) * head_dim : -1;
+            sources[r] = r < n_rows ? (begin + token) * n_heads + kv_head * group + at % group : -1;
             const Interval seen = keys.visible(token);
             first_seen[r] = seen.first, last_seen[r] = seen.last;
         }
@@ -224,15 +237,14 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS)
         const auto load = [&](int j) {              // K and V of the item's tiles in turn
             const int* const slots = key_slots + j / 2 % 2 * KEYS;
             if (j < 2 * n_tiles)
-                load_rows<KEYS>(ring + j % SLOTS * (KEYS * ROW_BYTES), j % 2 ? v_pages : k_pages, head_dim, [&](int r) {
-                    return slots[r] < 0 ? -1 : ((i64)slots[r] * n_kv_heads + kv_head) * head_dim;
-                });
+                load_rows<KEYS>(ring + j % SLOTS * (KEYS * ROW_BYTES), (j % 2 ? v_pages : k_pages) + kv_head * head_dim,
+                                head_dim, n_kv_heads * head_dim, [&](int r) { return slots[r]; });
             copy_commit();
         };
 
         if (threadIdx.x < KEYS)
             for (int n = 0; n < AHEAD; ++n) key_slots[n % 2 * KEYS + threadIdx.x] = slot_of(n);
-        load_rows<ROWS>(q_rows, q, head_dim, [&](int r) { return sources[r]; });
+        load_rows<ROWS>(q_rows, q, head_dim, head_dim, [&](int r) { return sources[r]; });
         __syncthreads();
         #pragma unroll 1
         for (int j = 0; j < SLOTS - 1; ++j) load(j);
@@ -309,7 +321,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS)
         }
 
         const auto write = [&](int c, int half, float4 o, float sum) {
-            bf16* const to = out + sources[row + 8 * half];
+            bf16* const to = out + (i64)sources[row + 8 * half] * head_dim;
             const float inverse = __fdiv_rn(1.f, sum);
             const int column = 16 * c + lane % 4 * 2;       // + 0 makes a zero positive, however it came to be one
             const u32 left = pack_bf16(fmaf(o.x, inverse, 0.f), fmaf(o.y, inverse, 0.f));
@@ -347,19 +359,31 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS)
         __threadfence();
         if (threadIdx.x == 0) n_done = 0;
         #pragma unroll
-        for (int half = 0; half < 2; ++half)
-            for (int c = warp_n; is_row[half] && c < N_COLUMNS; c += WARPS_N) {
-                float4 o = make_float4(0.f, 0.f, 0.f, 0.f);
-                float m = minus_infinity(), l = 0.f;
-                #pragma unroll 8
-                for (int k = 0; k < n_parts; ++k) {
-                    const float* const unit = unit_of(k, half);
-                    float2 ml = ((const float2*)(unit + 8 * HEAD_DIM))[lane / 4];
-                    const MergeWeights weights = merge_before(m, l, ml.x, ml.y);
-                    m = ml.x, l = ml.y;
-                    o = merged(weights, o, ((const float4*)unit)[lane_at(c)]);
+        for (int half = 0; half < 2; ++half) {
+            if (!is_row[half]) continue;
+            float4 o[WARP_COLUMNS];                 // all columns at once: their loads wait together
+            float m = minus_infinity(), l = 0.f;
+            #pragma unroll
+            for (int j = 0; j < WARP_COLUMNS; ++j) o[j] = make_float4(0.f, 0.f, 0.f, 0.f);
+            #pragma unroll 2
+            for (int k = 0; k < n_parts; ++k) {
+                const float* const unit = unit_of(k, half);
+                float2 ml = ((const float2*)(unit + 8 * HEAD_DIM))[lane / 4];
+                const MergeWeights weights = merge_before(m, l, ml.x, ml.y);
+                m = ml.x, l = ml.y;
+                #pragma unroll
+                for (int j = 0; j < WARP_COLUMNS; ++j) {
+                    const int c = warp_n + j * WARPS_N;
+                    if (N_COLUMNS % WARPS_N && c >= N_COLUMNS) break;
+                    o[j] = merged(weights, o[j], ((const float4*)unit)[lane_at(c)]);
                 }
-                write(c, half, o, l);
             }
+            #pragma unroll
+            for (int j = 0; j < WARP_COLUMNS; ++j) {
+                const int c = warp_n + j * WARPS_N;
+                if (N_COLUMNS % WARPS_N && c >= N_COLUMNS) break;
+                write(c, half, o[j], l);
+            }
+        }
     }
 }

@@ -62,8 +62,8 @@ struct Copies {
         const int at = step * DEPTH;
         #pragma unroll
         for (int p = 0; p < ROWS / rows_per_pass; ++p)
-            copy_chunk(to + p * rows_per_pass * DEPTH, weights + (p * weight_step + at), rows >> p & 1 ? n_left - at : 0,
-                       is_aligned, weights);
+            copy_chunk(to + p * rows_per_pass * DEPTH, weights + (p * weight_step + at),
+                       rows >> p & 1 ? n_left - at : 0, is_aligned, weights);
         to += ROWS * DEPTH;
         #pragma unroll
         for (int p = 0; p < (TOKENS + rows_per_pass - 1) / rows_per_pass; ++p)
@@ -237,8 +237,14 @@ extern "C" __global__ void __launch_bounds__(n_threads, 2) gemm(
         const bool has_work = out0 + (is_gated ? warp_row / 2 : warp_row) < n_out && token0 + warp_token < n_tokens;
         float4* const so_far = (float4*)partials + (size_t)blockIdx.x * quads + threadIdx.x;
 
+        // Each kind of copy in code of its own, without the other's predicated instructions, unless registers are short.
+        const auto stage = [&](int step) {
+            if (WARP_ROWS * WARP_TOKENS >= 64 * 64) copies.stage(ring, step, is_aligned);
+            else if (is_aligned) copies.stage(ring, step, true);
+            else copies.stage(ring, step, false);
+        };
         for (int s = 0; s < STAGES - 1; ++s) {
-            if (s < n_steps) copies.stage(ring, s, is_aligned);
+            if (s < n_steps) stage(s);
             copy_commit();
         }
         Sums sum;
@@ -247,7 +253,7 @@ extern "C" __global__ void __launch_bounds__(n_threads, 2) gemm(
         for (int step = 0; step < n_steps; ++step) {
             copy_wait<STAGES - 2>();
             __syncthreads();                            // everyone's copies are here, and the oldest stage is free
-            if (step + STAGES - 1 < n_steps) copies.stage(ring, step + STAGES - 1, is_aligned);
+            if (step + STAGES - 1 < n_steps) stage(step + STAGES - 1);
             copy_commit();
             if (has_work) multiply(sum, ring + step % STAGES * stage_size, warp_row, warp_token);
             if (parts < n_splits && ((step + 1) % split_steps == 0 || step + 1 == n_steps)) {

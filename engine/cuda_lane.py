@@ -15,7 +15,8 @@ LOADING_BYTES = 64 << 20    # of each of the two pinned buffers that weights pas
 INSTALL = "pip install 'rawgem[gpu]' brings it (cupy-cuda12x, or cupy-cuda13x in its place)"
 MIN_CUPY = 14               # the first with bfloat16 arrays
 MIN_CAPABILITY = (8, 0)     # mma.sync on bfloat16, cp.async
-COMPUTE_CAPABILITY = (75, 76)           # cudaDeviceAttr: major, minor
+SMEM_OF_A_BLOCK = 97        # cudaDevAttrMaxSharedMemoryPerBlockOptin
+MIN_SMEM_BYTES = 163 << 10  # what sm_80, sm_90 and sm_100 have; 7.5, 8.6, 8.9 and 12.0 have 64 to 99 KB
 
 
 def gpu_is_present():
@@ -23,8 +24,7 @@ def gpu_is_present():
     raises."""
     try:
         from cupy_backends.cuda.api import runtime
-        return runtime.getDeviceCount() > 0 and MIN_CAPABILITY <= tuple(
-            runtime.deviceGetAttribute(attribute, 0) for attribute in COMPUTE_CAPABILITY)
+        return runtime.getDeviceCount() > 0 and runtime.deviceGetAttribute(SMEM_OF_A_BLOCK, 0) >= MIN_SMEM_BYTES
     except Exception:       # not installed, no driver, one too old, a library that does not load: no GPU either way
         return False
 
@@ -199,3 +199,7 @@ def _check_device(cupy, index):
     if (int(capability[:-1]), int(capability[-1])) < MIN_CAPABILITY:
         raise ConfigError(f"device 'cuda:{index}' has compute capability {capability[:-1]}.{capability[-1]}, the "
                           f"kernels need {'.'.join(map(str, MIN_CAPABILITY))} (Ampere) or later")
+    n_bytes = cupy.cuda.runtime.deviceGetAttribute(SMEM_OF_A_BLOCK, index)
+    if n_bytes < MIN_SMEM_BYTES:
+        raise ConfigError(f"device 'cuda:{index}' has {n_bytes} bytes of shared memory for a block, the kernels' tiles "
+                          f"need {MIN_SMEM_BYTES}: A100, H100, H200, B200 have it; device='cpu' runs without")

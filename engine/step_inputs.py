@@ -104,7 +104,8 @@ class DecodeInputs:
         """Starts the copy of a decode Batch."""
         arrays = self._arrays_of(batch)
         slots = {name: -1 for name in arrays if name.startswith("slots")}
-        self._packed.send(arrays, {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True, **slots})
+        self._packed.send(arrays, {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True,
+                                   **slots})
 
 
 class Stager:
@@ -124,7 +125,8 @@ class Stager:
         n_seqs = min(max_seqs, max_tokens)
         n_ints = 5 * max_tokens + 5 * (n_seqs + 1)
         for pool in pools:
-            n_ints += max_tokens + n_seqs + 2 * ITEM * work_capacity(max_tokens, pool.n_kv_heads, pool.head_dim)
+            n_ints += max_tokens + n_seqs + 2 * ITEM * work_capacity(max_tokens, max_seq_len, pool.n_kv_heads,
+                                                                              pool.head_dim, pool.window)
             n_ints += n_seqs * -(-max_seq_len // page_size)
         columns = [*_columns("", SamplingBatch.build(())).values(), *EDITS_A_ROW * [*_columns("", NO_EDITS).values()]]
         return 4 * n_ints + n_seqs * sum(column.itemsize for column in columns) + ALIGNED * MOST_FIELDS
@@ -156,7 +158,8 @@ class Stager:
         n_pages = 0
         for p, (spec, pages) in enumerate(zip(self._kv_cache.specs, self._kv_cache.allocators, strict=True)):
             ints |= {f"page_begin{p}": (n_seqs,), f"slots{p}": (n_seqs,), f"work{p}.n_decode": (1,),
-                     f"work{p}.decode": (work_capacity(n_seqs, spec.n_kv_heads, spec.head_dim), ITEM),
+                     f"work{p}.decode": (work_capacity(n_seqs, self._max_seq_len, spec.n_kv_heads, spec.head_dim,
+                                                    spec.window), ITEM),
                      f"work{p}.n_prefill": (1,), f"work{p}.prefill": (0, ITEM)}
             n_pages += min(pages.n_pages, n_seqs * -(-self._max_seq_len // self._kv_cache.page_size))
         places = {name: (np.int32, shape) for name, shape in ints.items()}

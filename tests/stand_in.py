@@ -317,7 +317,9 @@ def getDeviceCount():
 
 
 def deviceGetAttribute(attribute, device):
-    return {75: int(_gpu.capability[:-1]), 76: int(_gpu.capability[-1])}[attribute]
+    """Bytes of shared memory that a block may have, the one attribute that is asked for."""
+    assert attribute == 97
+    return {"75": 64, "80": 163, "90": 227, "100": 227}.get(_gpu.capability, 99) << 10
 
 
 def memGetInfo():
@@ -341,7 +343,8 @@ def launchKernel(f, grid_dim_x, grid_dim_y, grid_dim_z, block_dim_x, block_dim_y
 
 def _modules():
     """{module name: module}"""
-    runtime = {"getDevice": getDevice, "deviceGetAttribute": deviceGetAttribute, "getDeviceCount": getDeviceCount, "memGetInfo": memGetInfo,
+    runtime = {"getDevice": getDevice, "deviceGetAttribute": deviceGetAttribute,
+               "getDeviceCount": getDeviceCount, "memGetInfo": memGetInfo,
                "CUDARuntimeError": CUDARuntimeError}
     contents = {
         "cupy": {"__version__": "14.0.0", "ndarray": ndarray, "empty": empty,

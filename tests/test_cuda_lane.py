@@ -77,7 +77,14 @@ def test_a_gpu_too_old():
         CudaLane(0, None, BF16)
 
 
-@pytest.mark.parametrize("capability", ["80", "90", "120"])
+@pytest.mark.parametrize("capability", ["86", "89", "120"])
+def test_a_gpu_with_little_shared_memory(capability):
+    with stand_in.installed(capability=capability), \
+            pytest.raises(ConfigError, match="101376 bytes of shared memory for a block, the kernels' tiles"):
+        CudaLane(0, None, BF16)
+
+
+@pytest.mark.parametrize("capability", ["80", "90", "100"])
 def test_gpus_that_run(capability):
     with stand_in.installed(capability=capability):
         assert CudaLane(0, None, BF16).name == "cuda"

@@ -9,8 +9,12 @@ import pytest
 
 from engine import LLM, SamplingParams
 from engine.errors import MemoryPlanError
+from engine.kernels import cublas
+from engine.workspace import MOST_TOP
 from tests import stand_in
+from tests import tiny_models as tiny
 from tests.golden import Golden
+from tests.kernels.test_cublas import gemm_ex
 
 CASES = ("gemma3-text", "gemma4-dense")
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
@@ -190,3 +194,38 @@ def test_a_step_interrupted_leaves_an_engine_that_goes_on(gpu):
         llm.generate(prompt, GREEDY)
     llm._loop.runner.layers.logits = logits
     assert llm.generate(prompt, GREEDY).token_ids == expected and not llm.graphs.failures
+
+
+def test_more_logprobs_than_the_lane_finds(gpu, tmp_path):
+    """They are found on the host, from logits that are brought there."""
+    path = tiny.write(tmp_path / "c", "gemma3", with_text=False, vocab_size=MOST_TOP + 100)
+    params = [SamplingParams(temperature=0, max_tokens=3, n_logprobs=n, prompt_logprobs=n, ignore_eos=True)
+              for n in (2, MOST_TOP + 50)]
+    got, wanted = ([(output.token_ids, output.logprobs, output.prompt_logprobs)
+                    for output in LLM(path, device=device, max_seq_len=32).generate([[3, 4, 5]] * 2, params)]
+                   for device in ("cuda", "emulated"))
+    assert got == wanted
+
+
+class Product:
+    """A call of cuBLAS, waiting in a stream."""
+
+    def __init__(self, args):
+        self.args = args
+
+    def run(self):
+        gemm_ex(*self.args)
+
+
+def test_cublas(gpu, monkeypatch):
+    """The matrix products by cuBLAS, here a product in NumPy: the golden stays as close, and nothing is captured."""
+    monkeypatch.setattr(cublas, "gemm_ex", lambda *args: stand_in._queue(None).put(Product(args)))
+    golden = Golden("gemma4-dense")
+    llm = open_llm("gemma4-dense", gemm="cublas")
+    logits = llm.forward(golden.prompts[:2], return_logits="all").logits
+    for i, got in enumerate(logits):
+        want = golden[f"p{i}.logits"]
+        assert np.median(np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)) < 0.033
+    llm.generate(prompts_of("gemma4-dense"), GREEDY)
+    assert "CUDA graphs: off (cuBLAS cannot be captured)" in llm.explain()
+    assert "matrix products: cuBLAS" in llm.explain() and gpu.counts["replays"] == 0

@@ -156,7 +156,7 @@ def test_logprobs_do_not_depend_on_how_many_the_neighbours_want(tmp_path, open_l
 
 
 def test_the_plan_counts_what_is_taken(checkpoints, open_llm):
-    for arguments in ({}, {"max_seqs": 300, "max_batch_tokens": 20}, {"max_seqs": 3, "max_seq_len": 40, "page_size": 5}):
+    for arguments in ({}, {"max_seqs": 300, "max_batch_tokens": 20}, {"max_seqs": 3, "max_seq_len": 40}):
         llm = open_llm(checkpoints["gemma4"], **{"max_seq_len": 64, **arguments})
         workspace, stager = llm._loop.runner.workspace, llm._loop.runner._stager
         taken = sum(buffer.nbytes for buffer in [*workspace._buffers.values(), *workspace.scratch])

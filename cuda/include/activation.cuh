@@ -21,7 +21,8 @@ __device__ __forceinline__ float over_one_plus_exp2(float x, float y) {
 
 __device__ __forceinline__ float gelu_tanh(float z) {
     const float slope = -2.302208198f;                  // -2 sqrt(2/pi) / ln 2
-    return over_one_plus_exp2(z, z * (slope + (slope * 0.044715f) * (z * z)));
+    // Rounded as written, so that every tile that inlines this gives the same bits.
+    return over_one_plus_exp2(z, __fmul_rn(z, fmaf(__fmul_rn(slope * 0.044715f, z), z, slope)));
 }
 
 __device__ __forceinline__ float silu(float z) {

@@ -36,6 +36,10 @@ def attention(q, k_pages, v_pages, paged, *, scale, out, scratch, window=None, c
                          f"{n_kv_heads} KV heads of {head_dim}")
     if paged.page_size != dims.page_size:
         raise ShapeError(f"attention: planned for pages of {paged.page_size} positions, k_pages has {dims.page_size}")
+    least = scratch_size(n_kv_heads, head_dim)
+    if scratch.floats.size < least[0] or scratch.counters.size < least[1]:
+        raise ShapeError(f"attention: scratch is {scratch.floats.size} floats and {scratch.counters.size} counters, "
+                         f"expected at least {least[0]} and {least[1]}: see scratch_size()")
     factor = (scale * log2(e), 0.0) if softcap is None else (scale / softcap, softcap * log2(e))
     for is_decode, work, n_work, n_blocks in (
             (True, paged.decode_work, paged.n_decode_work, paged.n_decode_blocks),

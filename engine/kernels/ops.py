@@ -24,7 +24,7 @@ def scratch_size(spec, max_tokens, max_logit_rows):
     sizes = [sampling.scratch_size(max_logit_rows, spec.vocab)]
     sizes += [gemm.scratch_size(*shape, max_tokens) for shape in gemm.layer_shapes(spec)]
     sizes.append(gemm.scratch_size(spec.vocab, spec.hidden, max_logit_rows))
-    sizes += [paged.scratch_size(a.n_kv_heads, a.head_dim, spec.max_positions, a.window)
+    sizes += [paged.scratch_size(a.n_kv_heads, a.head_dim)
               for a in dict.fromkeys(layer.attention for layer in spec.layers)]
     return tuple(map(max, zip(*sizes, strict=True)))
 
@@ -48,7 +48,8 @@ def with_cublas():
 def check(spec):
     """Raises ConfigError for a ModelSpec with a size that no kernel takes."""
     if spec.hidden > MOST_HIDDEN:
-        raise ConfigError(f"hidden_size is {spec.hidden}: the norm kernels take up to {MOST_HIDDEN}; device='cpu' takes any")
+        raise ConfigError(f"hidden_size is {spec.hidden}: the norm kernels take up to {MOST_HIDDEN}; device='cpu' takes "
+                          "any")
     sizes = {"hidden_size": spec.hidden, "vocab_size": spec.vocab}
     for layer in spec.layers:
         attention = layer.attention

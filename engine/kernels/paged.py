@@ -42,7 +42,7 @@ class Geometry:
         """Dynamic shared memory: q, the ring of K and V tiles, P and its row maxima, key slots, rows, a counter."""
         shared_p = self.rows * (2 * self.keys + 16 + 4 * self.warps_n) if self.warps_n > 1 else 0
         tiles = (self.rows + self.slots * self.keys) * (2 * self.head_dim + 16)
-        return tiles + shared_p + 8 * self.keys + 16 * self.rows + 4
+        return tiles + shared_p + 8 * self.keys + 12 * self.rows + 4
 
     @property
     def constants(self):
@@ -74,17 +74,12 @@ def max_units(n_kv_heads, head_dim):
     return max(1, PARTIAL_FLOATS // (n_kv_heads * UNIT_ROWS * (width + 2)))
 
 
-def scratch_size(n_kv_heads, head_dim, max_context, window=None, chunk=None):
-    """(floats, counters) that attention needs of its scratch for sequences of up to max_context positions."""
-    split = split_keys(n_kv_heads, window, chunk)
-    most = 1 + (min(max_context, window or NO_LIMIT, chunk or NO_LIMIT) + split - 1) // split
-    sizes = []
-    for shape in (geometry(head_dim, True), geometry(head_dim, False)):
-        n_tiles = -(-N_BLOCKS // n_kv_heads)                        # no more are longer than a block's share
-        n_units = min(max_units(n_kv_heads, head_dim), n_tiles * most * shape.rows // UNIT_ROWS)
-        sizes.append((N_BLOCKS * (shape.rows * shape.head_dim + 4 * shape.n_threads)
-                      + n_units * n_kv_heads * UNIT_ROWS * (shape.head_dim + 2), n_units * n_kv_heads))
-    return tuple(map(max, *sizes))
+def scratch_size(n_kv_heads, head_dim):
+    """(floats, counters) that attention needs of its scratch, whatever the step: plan() stays within max_units."""
+    n_units = max_units(n_kv_heads, head_dim)
+    shapes = geometry(head_dim, True), geometry(head_dim, False)
+    n_running = N_BLOCKS * max(shape.rows * shape.head_dim + 4 * shape.n_threads for shape in shapes)
+    return n_running + n_units * n_kv_heads * UNIT_ROWS * (shapes[0].head_dim + 2), n_units * n_kv_heads
 
 
 class WorkPlan(NamedTuple):
@@ -146,9 +141,12 @@ def _items(sequence, first_row, units_of_part, first_key, last_key, n_kv_heads, 
     return items[np.argsort(begin_key - end_key, kind="stable")].astype(np.int32)
 
 
-def work_capacity(max_seqs, n_kv_heads, head_dim):
-    """Items that the decode list of a step of up to max_seqs sequences of one tile each can have."""
-    return max_seqs + max_units(n_kv_heads, head_dim)
+def work_capacity(n_tiles, max_keys, n_kv_heads, head_dim, window=None, chunk=None):
+    """Items that a list of a step with up to n_tiles row tiles can have, which see up to max_keys positions each."""
+    tile = geometry(head_dim, False).rows                           # tokens of a tile at most: it sees that much more
+    n_keys = min(max_keys, min(window or NO_LIMIT, chunk or NO_LIMIT) + tile)
+    n_splits = 2 + n_keys // split_keys(n_kv_heads, window, chunk)
+    return n_tiles + min(max_units(n_kv_heads, head_dim), n_tiles * n_splits)
 
 
 @dataclass

@@ -144,7 +144,7 @@ def attend(lane, case, inputs=None):
     """The kernel's answer; its counters are zero afterwards."""
     inputs = inputs or case.inputs(lane.put)
     see = {name: case.see.get(name) for name in ("window", "chunk", "softcap")}
-    n_floats, n_counters = scratch_size(*list(case.dims.values())[1:], 4096, see["window"], see["chunk"])
+    n_floats, n_counters = scratch_size(case.dims["n_kv_heads"], case.dims["head_dim"])
     scratch = Scratch(lane.empty((n_floats,), np.float32), lane.zeros((n_counters,), np.int32))
     out = lane.empty(case.q.shape, BF16)
     attention(lane.put(case.q), lane.put(case.k), lane.put(case.v), inputs, scale=case.scale, out=out, scratch=scratch,
@@ -324,7 +324,7 @@ def test_the_plan_gives_each_row_and_split_to_one_block(n_heads, n_kv_heads, see
         news = np.where(rng.random(n_seqs) < 0.5, 1, rng.integers(0, 200, n_seqs)).tolist()
         rows = rows_of([(n, n + int(rng.integers(1, longest))) for n in news])
         lists = plan(rows, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=128, **see)
-        assert len(lists.decode) <= work_capacity(n_seqs, n_kv_heads, 128)
+        assert len(lists.decode) <= work_capacity(n_seqs, 9200, n_kv_heads, 128, **see)
         for work, is_decode in zip(lists, (True, False), strict=True):
             shape, parts, used = geometry(128, is_decode), {}, []
             for s, row, *rest in work.tolist():
@@ -345,7 +345,16 @@ def test_the_plan_gives_each_row_and_split_to_one_block(n_heads, n_kv_heads, see
                 (unit,) = {rest[4] for rest in of_tile}
                 used += range(unit, unit + (len(of_tile) > 1) * len(of_tile) * -(-n_rows // 8))
             assert len(used) == len(set(used))                      # no two parts in one place
-            assert max(used, default=-1) < scratch_size(n_kv_heads, 128, 9200, **see)[1] // n_kv_heads
+            assert max(used, default=-1) < scratch_size(n_kv_heads, 128)[1] // n_kv_heads
+
+
+@pytest.mark.parametrize("n_kv_heads, head_dim, window", [(4, 128, 512), (2, 32, 16), (1, 64, 100), (8, 16, 256)])
+def test_a_long_prompt_under_a_window_stays_within_the_scratch(n_kv_heads, head_dim, window):
+    """A tile's keys are its window and its tokens: it may touch a split more than one row does."""
+    n = geometry(head_dim, False).rows * (planning.N_BLOCKS // n_kv_heads - 1)       # the most tiles that are split
+    work = plan([(0, n, n)], n_heads=n_kv_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, window=window).prefill
+    assert (work[:, 5] > 1).any()
+    assert (work[:, 6] + work[:, 5] * 16)[work[:, 5] > 1].max() <= scratch_size(n_kv_heads, head_dim)[1] // n_kv_heads
 
 
 def test_one_long_sequence_fills_the_machine_and_many_do_not_split():
