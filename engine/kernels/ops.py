@@ -48,8 +48,8 @@ def with_cublas():
 def check(spec):
     """Raises ConfigError for a ModelSpec with a size that no kernel takes."""
     if spec.hidden > MOST_HIDDEN:
-        raise ConfigError(f"hidden_size is {spec.hidden}: the norm kernels take up to {MOST_HIDDEN}; device='cpu' takes "
-                          "any")
+        raise ConfigError(f"hidden_size is {spec.hidden}: the norm kernels take up to {MOST_HIDDEN}; device='cpu' "
+                          "takes any")
     sizes = {"hidden_size": spec.hidden, "vocab_size": spec.vocab}
     for layer in spec.layers:
         attention = layer.attention
