@@ -71,8 +71,9 @@ class CudaLane:
         return array
 
     def clear(self, array):
-        """Sets every byte to zero."""
+        """Sets every byte to zero, and waits for that: whatever was on its way before is done then too."""
         array.data.memset_async(0, array.nbytes, self.stream)
+        self.stream.synchronize()
 
     def to_device(self, array):
         """The lane's copy of a host array; at set-up, not in a step."""
