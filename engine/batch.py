@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 
 import numpy as np
 
@@ -31,14 +31,14 @@ class PagedBatch:
     @cached_property
     def page_table(self):
         """[n_entries] int32: the pages of every row, one row after the other."""
-        return np.array([page for held in self.lists for page in held.pages], np.int32)
+        return np.fromiter(chain.from_iterable(held.pages for held in self.lists), np.int32)
 
     @cached_property
     def page_begin(self):
         """[n_seqs] int32: position p of row i is in page_table[page_begin[i] + p // page_size]. May be negative: pages
         that the window has passed have no entry."""
-        ends = np.cumsum([0, *(len(held.pages) for held in self.lists[:-1])])
-        return (ends - [held.first for held in self.lists]).astype(np.int32)
+        ends = accumulate((len(held.pages) for held in self.lists), initial=0)
+        return np.array([end - held.first for end, held in zip(ends, self.lists, strict=False)], np.int32)
 
     @cached_property
     def cu_seqlens(self):

@@ -39,7 +39,7 @@ class Packed:
         for name, array in arrays.items():
             place, n = self._host[name], len(array)
             place[:n] = array
-            if padding and name in padding:
+            if n < len(place) and padding and name in padding:
                 place[n:] = padding[name]
             if name == self._last[0]:
                 n_last = n * place.itemsize * prod(place.shape[1:])
@@ -91,6 +91,8 @@ class DecodeInputs:
 
     def __init__(self, packed, batch, arrays_of, n_edits):
         self.batch, self._packed, self._arrays_of, self._n_edits = batch, packed, arrays_of, n_edits
+        self._padding = {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True,
+                         **{f"slots{p}": -1 for p in range(len(batch.pools))}}
 
     @property
     def has_edits(self):
@@ -102,10 +104,7 @@ class DecodeInputs:
 
     def send(self, batch):
         """Starts the copy of a decode Batch."""
-        arrays = self._arrays_of(batch)
-        slots = {name: -1 for name in arrays if name.startswith("slots")}
-        self._packed.send(arrays, {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True,
-                                   **slots})
+        self._packed.send(self._arrays_of(batch), self._padding)
 
 
 class Stager:
@@ -221,7 +220,7 @@ class Stager:
 
 def _columns(prefix, columns):
     """{prefix.field: array} of a dataclass of arrays."""
-    return {f"{prefix}.{field.name}": getattr(columns, field.name) for field in fields(columns)}
+    return {f"{prefix}.{name}": column for name, column in vars(columns).items()}
 
 
 def _of(kind, prefix, arrays):

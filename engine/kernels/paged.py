@@ -6,6 +6,7 @@ of `split_keys` keys, the first for several if need be. All ways give the same b
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +17,7 @@ N_BLOCKS = 264              # blocks of a launch at most: two for each of the 13
 PARTIAL_FLOATS = 2**24      # 64 MiB of partial sums at most: 16 sequences of 64k at head_dim 512 with 4 KV heads
 NO_LIMIT = 2**31 - 1        # as a window or chunk: every earlier position
 ITEM = 7                    # (sequence, first row, first key tile, tile behind the last, part, n_parts, first unit)
+NO_ITEMS = np.empty((0, ITEM), np.int32)
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Geometry:
                 "SLOTS": self.slots, "MIN_BLOCKS": self.min_blocks}
 
 
+@lru_cache
 def geometry(head_dim, is_decode):
     """The build for any head_dim up to 512. Decode keeps K and V in flight (3 of 4 tiles of a ring), prefill feeds the
     tensor cores from 128 rows, or 64 where the accumulators of more would not fit. Everything fits 163 KB."""
@@ -96,12 +99,21 @@ def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_v
     window, chunk as attention takes them
     last_visible  host int32 [n_tokens] or None, never descending within a sequence
     """
-    begin, end, context = np.array(rows, np.int64).reshape(-1, 3).T
     group, split = n_heads // n_kv_heads, split_keys(n_kv_heads, window, chunk)
+    n_units = max_units(n_kv_heads, head_dim)
+    if last_visible is None and group <= TILE_ROWS and all(end - begin == 1 for begin, end, _ in rows):
+        keys, before = geometry(head_dim, True).keys, (window or NO_LIMIT) - 1
+        tiles = tuple([((context - 1 - min((context - 1) % (chunk or NO_LIMIT), before)) // keys,
+                        (context - 1) // keys + 1) for _, _, context in rows])
+        return WorkPlan(_decode_items(tiles, -(-group // UNIT_ROWS), n_kv_heads, split // keys, n_units, N_BLOCKS),
+                        NO_ITEMS)
+    begin, end, context = np.array(rows, np.int64).reshape(-1, 3).T
     n_rows, first_position = (end - begin) * group, context - (end - begin)
     is_decode = n_rows <= TILE_ROWS
 
     def items(which, shape):
+        if not which.any():                                 # of most steps, one of the two lists is empty
+            return NO_ITEMS
         n_tiles = np.where(which, -(-n_rows // shape.rows), 0)
         sequence = np.repeat(np.arange(len(n_rows)), n_tiles)
         first_row = (np.arange(len(sequence)) - np.repeat(np.cumsum(n_tiles) - n_tiles, n_tiles)) * shape.rows
@@ -113,32 +125,41 @@ def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_v
         last_key = first_position[sequence] + last_token
         if last_visible is not None:
             last_key = np.minimum(np.asarray(last_visible)[begin[sequence] + last_token], context[sequence] - 1)
-        return _items(sequence, first_row, -(-n_tile_rows // UNIT_ROWS), first_key, last_key, n_kv_heads, split,
-                      shape.keys, max_units(n_kv_heads, head_dim))
+        return _items(sequence, first_row, -(-n_tile_rows // UNIT_ROWS), first_key // shape.keys,
+                      last_key // shape.keys + 1, n_kv_heads, split // shape.keys, n_units, N_BLOCKS)
 
     return WorkPlan(items(is_decode, geometry(head_dim, True)), items(~is_decode, geometry(head_dim, False)))
 
 
-def _items(sequence, first_row, units_of_part, first_key, last_key, n_kv_heads, split, keys, n_units):
-    """Work items of tiles, longest first. A tile that would keep one block for longer than its share of the launch is
-    done in parts: one for each split, or, where units are short, for so many of the last ones as there are units."""
-    n_keys, first_split = last_key - first_key + 1, first_key // split
-    n_splits = last_key // split - first_split + 1
-    is_long = n_keys * N_BLOCKS > n_keys.sum() * n_kv_heads
+@lru_cache(maxsize=16)
+def _decode_items(tiles, units_of_part, *limits):
+    """The items of sequences that decode one token each. tiles: a (begin, end) of key tiles each, which stay the same
+    for as many steps as a tile has keys: most steps of few sequences find their items here."""
+    sequence = np.arange(len(tiles))
+    begin, end = np.array(tiles, np.int64).reshape(-1, 2).T
+    return _items(sequence, np.zeros_like(sequence), np.full_like(sequence, units_of_part), begin, end, *limits)
+
+
+def _items(sequence, first_row, units_of_part, begin, end, n_kv_heads, split, n_units, n_blocks):
+    """Work items of tiles of rows, longest first; begin, end, split in key tiles. A tile that would keep one block for
+    longer than its share of the launch is done in parts: one for each split, or, where units are short, for so many of
+    the last ones as there are units."""
+    n_keys, first_split = end - begin, begin // split
+    n_splits = (end - 1) // split - first_split + 1
+    is_long = n_keys * n_blocks > n_keys.sum() * n_kv_heads
     wanted = (units_of_part * n_splits)[is_long].sum()
     n_parts = np.where(is_long, np.maximum(1, n_splits * n_units // max(n_units, wanted)), 1)
     units = np.where(n_parts > 1, n_parts * units_of_part, 0)
 
-    def per_item(values):
-        return np.repeat(values, n_parts)
-
-    part = np.arange(n_parts.sum()) - per_item(np.cumsum(n_parts) - n_parts)
-    end_split = per_item(first_split + n_splits - n_parts + 1) + part
-    begin_key = np.where(part == 0, per_item(first_key), (end_split - 1) * split)
-    end_key = np.minimum(per_item(last_key + 1), end_split * split)
-    items = np.stack([per_item(sequence), per_item(first_row), begin_key // keys, -(-end_key // keys), part,
-                      per_item(n_parts), per_item(np.cumsum(units) - units)], axis=1)
-    return items[np.argsort(begin_key - end_key, kind="stable")].astype(np.int32)
+    of_tile = np.array([sequence, first_row, begin, end, first_split + n_splits - n_parts + 1, n_parts,
+                        units.cumsum() - units, n_parts.cumsum() - n_parts])
+    sequence, first_row, begin, end, end_split, n_parts, first_unit, first_item = of_tile.repeat(n_parts, axis=1)
+    part = np.arange(len(sequence)) - first_item
+    end_split += part
+    begin = np.where(part == 0, begin, (end_split - 1) * split)
+    end = np.minimum(end, end_split * split)
+    items = np.array([sequence, first_row, begin, end, part, n_parts, first_unit], np.int32)
+    return np.ascontiguousarray(items[:, np.argsort(begin - end, kind="stable")].T)
 
 
 def work_capacity(n_tiles, max_keys, n_kv_heads, head_dim, window=None, chunk=None):

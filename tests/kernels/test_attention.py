@@ -348,6 +348,23 @@ def test_the_plan_gives_each_row_and_split_to_one_block(n_heads, n_kv_heads, see
             assert max(used, default=-1) < scratch_size(n_kv_heads, 128)[1] // n_kv_heads
 
 
+@pytest.mark.parametrize("see", [{}, {"window": 100}, {"window": 4096}, {"chunk": 300}], ids=str)
+@pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(1, 1, 64), (16, 4, 256), (40, 8, 128), (64, 4, 512)])
+def test_the_plan_of_decode_steps_is_that_of_any_step(n_heads, n_kv_heads, head_dim, see):
+    """Steps of one token a sequence take a shorter way; saying that each token sees itself takes the other one."""
+    rng = np.random.default_rng(n_heads)
+    dims = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim, **see}
+    for n_seqs in (0, 1, 2, 7, 64):
+        for longest in (70, 3000, 40000):
+            contexts = rng.integers(1, longest, n_seqs)
+            for later in (0, 1, 40, 64):                            # the same tiles, and the next ones
+                rows = [(i, i + 1, context + later) for i, context in enumerate(contexts.tolist())]
+                for got, expected in zip(plan(rows, **dims), plan(rows, **dims, last_visible=contexts + later - 1),
+                                         strict=True):
+                    assert got.dtype == np.int32 and got.flags.c_contiguous
+                    np.testing.assert_array_equal(got, expected)
+
+
 @pytest.mark.parametrize("n_kv_heads, head_dim, window", [(4, 128, 512), (2, 32, 16), (1, 64, 100), (8, 16, 256)])
 def test_a_long_prompt_under_a_window_stays_within_the_scratch(n_kv_heads, head_dim, window):
     """A tile's keys are its window and its tokens: it may touch a split more than one row does."""
