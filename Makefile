@@ -13,7 +13,7 @@ test: $(VENV)/.test
 
 # the tests of kernels again, with every access to memory watched
 check: $(VENV)/.test
-	$(BIN)/python -m pytest tests/kernels tests/emu --check
+	$(BIN)/python -m pytest tests/kernels --check
 
 # every kernel compiled for every architecture: registers, spills, shared memory
 kernels: $(VENV)/.test

@@ -12,7 +12,7 @@ import numpy as np
 from engine.errors import ConfigError, MemoryPlanError
 
 LOADING_BYTES = 64 << 20    # of each of the two pinned buffers that weights pass through
-INSTALL = "pip install 'rawgem[gpu]' brings it (cupy-cuda12x, or cupy-cuda13x in its place)"
+INSTALL = "`pip install cupy-cuda12x` brings it (or cupy-cuda13x, where the driver is for CUDA 13)"
 MIN_CUPY = 14               # the first with bfloat16 arrays
 MIN_CAPABILITY = (8, 0)     # mma.sync on bfloat16, cp.async
 SMEM_OF_A_BLOCK = 97        # cudaDevAttrMaxSharedMemoryPerBlockOptin

@@ -12,6 +12,8 @@ ALIGNED = 16                # bytes: whatever a kernel loads at once begins on s
 EDITS_A_ROW = 512           # LogitEdits that a captured decode step has room for, a sequence
 MOST_FIELDS = 64            # of a step, each of which may leave ALIGNED bytes unused
 EDITS_OF_ROWS = ("edits.repetition", "edits.presence", "edits.frequency")       # the others are one an edit
+
+
 class Packed:
     """Named arrays in one step buffer, at places fixed by their capacities.
 

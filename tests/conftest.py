@@ -5,14 +5,22 @@ import pytest
 from engine.kernels import host
 from tests import tiny_models as tiny
 
+MOST_BUILDS = 120               # of kernels for the host, in the whole suite
+
 
 def pytest_addoption(parser):
     parser.addoption("--lane", default="emulated", choices=("emulated", "cuda"), help="where kernel tests run")
     parser.addoption("--check", action="store_true", help="run kernels under the emulator's memory and race checker")
 
 
+def pytest_sessionfinish(session):
+    if len(host.asked) > MOST_BUILDS:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
 def pytest_terminal_summary(terminalreporter):
-    terminalreporter.write_line(f"host builds of kernels: {host.n_builds} compiled in this run")
+    terminalreporter.write_line(f"host builds of kernels: {len(host.asked)} used (at most {MOST_BUILDS} may be), "
+                                f"{host.n_builds} compiled in this run")
 
 
 @pytest.fixture(scope="session")

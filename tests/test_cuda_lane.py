@@ -52,13 +52,13 @@ def test_gpu_is_present():
 
 def test_no_cupy():
     with mock.patch.dict(sys.modules, {"cupy": None}), \
-            pytest.raises(ConfigError, match=r"device 'cuda' needs CuPy, .*; pip install 'rawgem\[gpu\]'"):
+            pytest.raises(ConfigError, match=r"device 'cuda' needs CuPy, .*; `pip install cupy-cuda12x`"):
         CudaLane(0, None, BF16)
 
 
 def test_an_old_cupy(gpu):
     with mock.patch.object(sys.modules["cupy"], "__version__", "13.6.0"), \
-            pytest.raises(ConfigError, match=r"needs CuPy 14 or later for bfloat16, found 13\.6\.0; pip install"):
+            pytest.raises(ConfigError, match=r"needs CuPy 14 or later for bfloat16, found 13\.6\.0; `pip install"):
         CudaLane(0, None, BF16)
 
 

@@ -71,7 +71,8 @@ def same_bits(request, open_llm):
     return golden, [llm.forward([prompt], return_logits="all").logits[0] for prompt in golden.prompts]
 
 
-@pytest.mark.parametrize("arguments", [{"max_batch_tokens": 1}, {"max_batch_tokens": 7, "page_size": 3},
+@pytest.mark.parametrize("arguments", [{"max_batch_tokens": 1}, {"max_batch_tokens": 2},
+                                       {"max_batch_tokens": 7, "page_size": 3},
                                        {"max_batch_tokens": 16}, {"page_size": 1}, {"max_batch_tokens": 64}])
 def test_logits_are_the_same_bits_however_a_prompt_is_cut(same_bits, arguments, open_llm):
     golden, alone = same_bits

@@ -20,7 +20,7 @@ from pkgutil import iter_modules
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import engine.kernels
-from engine.errors import KernelError
+from engine.errors import ConfigError, KernelError
 from engine.kernels import device
 from engine.kernels.resources import LIMITS, Resources, read_log
 from engine.models.presets import PRESETS, preset
@@ -130,6 +130,10 @@ def main(argv=None):
     parser.add_argument("--kernel", nargs="+", help="launcher modules, like attention; all by default")
     parser.add_argument("--json", action="store_true", help="the rows as JSON")
     args = parser.parse_args(argv)
+    try:
+        device.nvrtc()
+    except ConfigError as error:
+        parser.exit(2, f"{error}\n")
     began = time.perf_counter()
     found = variants(args.preset, args.kernel)
     if not found:

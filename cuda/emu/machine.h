@@ -9,6 +9,7 @@ namespace emu {
 
 constexpr unsigned MAX_THREADS = 1024;
 constexpr unsigned STACK_BYTES = (128 << 10) + 5 * 64;    // not a power of two: the tops would share one set of the cache
+constexpr unsigned MAX_GRID_YZ = 65535, MAX_THREADS_Z = 64;
 constexpr size_t MAX_SMEM = 227 << 10, MAX_STATIC_SMEM = 48 << 10;     // a block of sm_90; static has a limit of its own
 constexpr unsigned NOBODY = ~0u;
 

@@ -401,6 +401,14 @@ extern "C" void emu_launch(const emu::Launch* launch, emu::Report* report) {
                  static_bytes, (size_t)launch->smem_bytes, MAX_THREADS, MAX_SMEM, MAX_STATIC_SMEM);
         return;
     }
+    const unsigned* grid = launch->grid;
+    if (grid[1] > MAX_GRID_YZ || grid[2] > MAX_GRID_YZ || dim[2] > MAX_THREADS_Z || !(dim[0] && dim[1] && dim[2])) {
+        report->is_error = 2;
+        snprintf(report->text, sizeof report->text, "grid (%u, %u, %u) of blocks of (%u, %u, %u) threads; a grid has at most "
+                 "%u blocks in y and z, a block 1 to %u threads in z and at least 1 in x and y", grid[0], grid[1], grid[2],
+                 dim[0], dim[1], dim[2], MAX_GRID_YZ, MAX_THREADS_Z);
+        return;
+    }
     watch_signals();
     if (launch->is_checked) check::start_launch(*launch);
     Work work{*launch, *report, (uint64_t)launch->grid[0] * launch->grid[1] * launch->grid[2]};

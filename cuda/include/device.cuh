@@ -1,4 +1,4 @@
-// Types and helpers of every kernel: bfloat16, 16-byte accesses, warp and block reductions. No CUDA header is needed.
+// Types and helpers of every kernel: bfloat16 as bits, roundings, the sum over a warp. No CUDA header is needed.
 #pragma once
 
 #ifndef EMULATED
@@ -45,24 +45,5 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
 __device__ __forceinline__ float warp_sum(float x) {
     #pragma unroll
     for (int m = 16; m; m >>= 1) x += __shfl_xor_sync(0xFFFFFFFFu, x, m);
-    return x;
-}
-
-__device__ __forceinline__ float warp_max(float x) {
-    #pragma unroll
-    for (int m = 16; m; m >>= 1) x = fmaxf(x, __shfl_xor_sync(0xFFFFFFFFu, x, m));
-    return x;
-}
-
-// The sum over a block, in every thread. May be called again at once.
-template <int n_threads> __device__ __forceinline__ float block_sum(float x) {
-    __shared__ float part[n_threads / 32];
-    x = warp_sum(x);
-    if (threadIdx.x % 32 == 0) part[threadIdx.x / 32] = x;
-    __syncthreads();
-    x = 0.f;
-    #pragma unroll
-    for (int i = 0; i < n_threads / 32; ++i) x += part[i];
-    __syncthreads();
     return x;
 }

@@ -65,8 +65,8 @@ def nvrtc():
                  if (path := Path(root) / folder / name).is_file()]
         with suppress(OSError):                             # else where the system's loader finds it
             return Nvrtc(ctypes.CDLL((*found, name)[0]))
-    raise ConfigError("device 'cuda' compiles its kernels with NVRTC, which was not found; pip install 'rawgem[gpu]' "
-                      "(nvidia-cuda-nvrtc-cu12), or install the CUDA toolkit 12 or 13")
+    raise ConfigError("device 'cuda' compiles its kernels with NVRTC, which was not found; `pip install "
+                      "nvidia-cuda-nvrtc-cu12` brings it, or the CUDA toolkit 12 or 13")
 
 
 def build(source, constants, arch):

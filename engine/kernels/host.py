@@ -1,6 +1,6 @@
 """The emulated lane's compiler and launcher: .cu files through g++, with cuda/emu/ in the place of a GPU.
 
-Two builds of a kernel may live in one process: the plain one, and under set_checking(True) one whose every load and
+Two builds of a kernel may live in one process: the plain one, and within checking() one whose every load and
 store goes through the checker (cuda/emu/checker.cpp, kernels/checker.py), on copies of its arguments.
 """
 
@@ -31,24 +31,20 @@ LIBRARIES = ("-lstdc++", "-lm", "-lc", "-lgcc")
 INSTALL = "install g++ with its C++17 headers (12 is tested; Debian: apt install g++; Fedora: dnf install gcc-c++)"
 LINE_MARKER = re.compile(r'^#line (\d+) "([^"]*)"')
 n_builds = 0                # how often g++ ran
+asked = set()               # paths of the libraries that were asked for, compiled now or found in the cache
 block_limit_s = 120.0       # CPU time after which a block counts as one that never ends
 _is_checking = False
 
 
-def set_checking(on):
-    """Whether launches from now on run under the checker."""
-    global _is_checking
-    _is_checking = bool(on)
-
-
 @contextmanager
 def checking(on=True):
-    former = _is_checking
-    set_checking(on)
+    """The context in which launches run under the checker: all of the process, because a launch says nothing of it."""
+    global _is_checking
+    former, _is_checking = _is_checking, bool(on)
     try:
         yield
     finally:
-        set_checking(former)
+        _is_checking = former
 
 
 def cache_folder():
@@ -92,10 +88,11 @@ def build(name, text, flags=()):
     command = [path, *FLAGS, *flags]
     key = hashlib.sha256("\0".join([version, _cpu(), *command, text]).encode()).hexdigest()[:32]
     target = cache_folder() / "host" / f"{Path(name).stem}-{key}.so"
+    asked.add(target)
     if target.exists():
         return target
     n_builds += 1
-    target.parent.mkdir(exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent) as scratch:
         source, out = Path(scratch) / name, Path(scratch) / "out.so"
         source.write_text(text)

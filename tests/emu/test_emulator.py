@@ -207,6 +207,14 @@ def test_blocks_too_large_are_refused(both):
     assert "52000 bytes of static and 0 of dynamic" in fails("large_static", (32,), y, file="large_static.cu")
 
 
+@pytest.mark.parametrize("grid, block", [((1, 65536), (32,)), ((1, 1, 65536), (32,)), ((1,), (1, 1, 128)),
+                                         ((1,), (0,)), ((1,), (32, 0))])
+def test_grids_and_blocks_that_cuda_has_not_are_refused(both, grid, block):
+    y = np.zeros(1, np.float32)
+    message = fails("walk", block, y, y, 1, 1, grid=grid, file="correct.cu")
+    assert "a grid has at most 65535 blocks in y and z" in message
+
+
 def test_a_bad_address_is_an_error_not_the_end_of_the_process():
     message = fails("past_the_end", (32,), None, np.zeros(32, np.float32), 32)
     assert "out of bounds or misaligned: thread 0 cannot access address 0x4, at" in message

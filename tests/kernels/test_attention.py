@@ -229,7 +229,7 @@ def test_same_bits_alone_and_in_a_batch_of_any_order(lane, dims):
 def test_same_bits_in_chunks_of_any_size(lane, dims):
     case = Case.make([(150, 290)], **dims)
     whole = attend(lane, case)
-    for first, end in ((0, 1), (1, 3), (3, 70), (70, 149), (149, 150)):
+    for first, end in ((0, 1), (1, 3), (3, 10), (10, 74), (74, 149), (149, 150)):       # 1, 2, 7, 64, 75
         assert same_bits(attend(lane, case.only(0, first, end)), whole[first:end])
 
 
@@ -295,16 +295,32 @@ def test_no_new_tokens_launch_nothing(lane):
     assert not len(plan([], **case.dims).decode) and not len(plan([(0, 0, 7)], **case.dims).prefill)
 
 
-def test_what_does_not_fit_is_refused(lane):
+@pytest.mark.parametrize("message, change", {
+    r"q is \[1, 64\] bfloat16, expected|q is 64 wide": lambda q, k, v: (q[:, :64].copy(), k, v),
+    "q is .* float32, expected .* bfloat16": lambda q, k, v: (q.astype(np.float32), k, v),
+    "q is 2176 wide, expected 1 to 16 times the 128 of 2": lambda q, k, v: (np.tile(q, (1, 17)), k, v),
+    r"v_pages is \[.* 60\]": lambda q, k, v: (q, k, v[..., :60].copy()),
+    "v_pages .* has strides": lambda q, k, v: (q, k, np.asfortranarray(v)),
+    "planned for pages of 16 positions, k_pages has 8": lambda q, k, v: (q, k[:, :8].copy(), v[:, :8].copy()),
+    "head_dim is 62, expected a multiple of 4": lambda q, k, v: (q[:, :124].copy(), k[..., :62].copy(),
+                                                                 v[..., :62].copy()),
+}.items())
+def test_what_does_not_fit_is_refused(message, change):
     case = Case.make([(1, 5)], 64, n_kv_heads=2)
-    for wrong in ({"q": case.q[:, :64]}, {"q": case.q.astype(np.float32)}, {"q": np.tile(case.q, (1, 17))},
-                  {"v": case.v[..., :60].copy()}, {"v": np.asfortranarray(case.v)},
-                  {"k": case.k[:, :8], "v": case.v[:, :8]},
-                  {"k": case.k[..., :62], "v": case.v[..., :62], "q": case.q[:, :124]}):
-        broken = replace(case, **wrong)
-        with pytest.raises(ShapeError):
-            attention(broken.q, broken.k, broken.v, case.inputs(np.array), scale=1.0, out=np.empty_like(broken.q),
-                      scratch=Scratch(np.empty(1, np.float32), np.zeros(1, np.int32)))
+    q, k, v = change(case.q, case.k, case.v)
+    sizes = scratch_size(2, 64)
+    with pytest.raises(ShapeError, match=message):
+        attention(q, k, v, case.inputs(np.array), scale=1.0, out=np.empty(q.shape, BF16),
+                  scratch=Scratch(np.empty(sizes[0], np.float32), np.zeros(sizes[1], np.int32)))
+
+
+def test_a_small_scratch_is_refused():
+    case = Case.make([(1, 5)], 64, n_kv_heads=2)
+    for missing in ((1, 0), (0, 1)):
+        n_floats, n_counters = np.subtract(scratch_size(2, 64), missing)
+        with pytest.raises(ShapeError, match=r"expected at least .*scratch_size"):
+            attention(case.q, case.k, case.v, case.inputs(np.array), scale=1.0, out=np.empty_like(case.q),
+                      scratch=Scratch(np.empty(n_floats, np.float32), np.zeros(n_counters, np.int32)))
 
 
 @pytest.mark.parametrize("head_dim", range(4, 513, 4))

@@ -16,7 +16,7 @@ from engine.sampling_params import SamplingParams
 from engine.workspace import MOST_TOP, Scratch
 
 REAL_VOCAB = 262144
-VOCABS = [1, 2, 5, 12, 16, 20, 72, 1000, 5001]
+VOCABS = [1, 2, 5, 12, 16, 20, 24, 40, 48, 72, 1000, 5001]
 NO_MAXIMUM = [[1, np.nan, 2, np.nan], [1, 0, np.inf, np.inf], [-np.inf] * 4, [np.nan, np.inf, -np.inf, 0]]
 
 
