@@ -20,6 +20,7 @@
 //   ROWS * TOKENS * 4 (out's tile on its way to coalesced stores)
 //   traffic  2 * n_in * (n_rows + n_tokens) + (out_bytes + residual_bytes) * n_tokens * n_out + 8 * (n_partials + n_counters)
 //   bound by HBM (2 bytes a weight) up to about 100 tokens, by tensor cores above
+//   every tile reads its tokens of x anew, TOKENS / ROWS of the bytes of its weights: those come from the L2 cache
 //   built with ROWS, TOKENS (of a block's tile; gated, ROWS / 2 outputs), WARP_ROWS, WARP_TOKENS, DEPTH (k of a stage), STAGES
 #include "activation.cuh"
 #include "mma.cuh"
