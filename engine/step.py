@@ -32,12 +32,7 @@ class Step:
     def _decode(self, batch, inputs):
         """A decode step whose launches are those of every other with the same inputs, so that they can be replayed."""
         def launch():
-            states = self.layers.run(inputs.batch)
-            logits = self._logits(states, inputs.batch.sample_rows)
-            if inputs.has_edits:
-                self.ops.apply_edits(logits, inputs.batch.edits)
-            self.ops.sample(logits, inputs.batch.sampling, self.workspace.flat("tokens", len(logits)),
-                            self.workspace.scratch)
+            self._choose(self.layers.run(inputs.batch), inputs.batch, inputs.has_edits)
         inputs.send(batch)
         self.graphs.run(f"{inputs.batch.n_tokens}{' with edits' * inputs.has_edits}", launch)
         tokens = self.lane.to_host(self.workspace.flat("tokens", len(batch.to_sample)))
@@ -70,6 +65,15 @@ class Step:
         picked = self.workspace.rows("logit_states", len(rows), states.shape[1])
         return self.layers.logits(self.ops.select_rows(states, rows, picked))
 
+    def _choose(self, states, inputs, has_edits):
+        """(logits after edits, next tokens) of inputs.sample_rows, buffers."""
+        logits = self._logits(states, inputs.sample_rows)
+        if has_edits:
+            self.ops.apply_edits(logits, inputs.edits)
+        tokens = self.workspace.flat("tokens", len(logits))
+        self.ops.sample(logits, inputs.sampling, tokens, self.workspace.scratch)
+        return logits, tokens
+
     def _take(self, wanted, states, rows, following):
         """Hands logits, or the log-probabilities of the tokens that follow, to the tasks of (sequence, row) pairs."""
         logits = self._logits(states, rows)
@@ -87,12 +91,8 @@ class Step:
             at += n
 
     def _sample(self, batch, states, inputs):
-        logits = self._logits(states, inputs.sample_rows)
         has_edits = len(batch.edits.token) > 0
-        if has_edits:
-            self.ops.apply_edits(logits, inputs.edits)
-        tokens = self.workspace.flat("tokens", len(logits))
-        self.ops.sample(logits, inputs.sampling, tokens, self.workspace.scratch)
+        logits, tokens = self._choose(states, inputs, has_edits)
         n_tops = _n_logprobs(batch)
         if not any(n_tops):
             return [(token, None) for token in self.lane.to_host(tokens).tolist()]

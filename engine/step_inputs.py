@@ -27,12 +27,12 @@ class Packed:
             n_bytes = prod(shape) * np.dtype(dtype).itemsize
             for views, memory in ((self._host, buffer.host), (self.device, buffer.device)):
                 views[name] = memory[at:at + n_bytes].view(dtype).reshape(shape)
-            self._last, at = (name, at), at + -(-n_bytes // ALIGNED) * ALIGNED
+            self._last, at = (name, at), at + _aligned(n_bytes)
 
     @staticmethod
     def n_bytes(fields):
         """Bytes of a buffer that holds `fields`."""
-        return sum(-(-prod(shape) * np.dtype(dtype).itemsize // ALIGNED) * ALIGNED for dtype, shape in fields.values())
+        return sum(_aligned(prod(shape) * np.dtype(dtype).itemsize) for dtype, shape in fields.values())
 
     def send(self, arrays, padding=None):
         """Writes {name: array} and starts the copy. Where an array is shorter than its place, the rest gets the value
@@ -218,6 +218,11 @@ class Stager:
                            n_decode_work=arrays[f"{work}.n_decode"], n_decode_blocks=blocks(len(decode), n_kv_heads),
                            prefill_work=prefill, n_prefill_work=arrays[f"{work}.n_prefill"],
                            n_prefill_blocks=blocks(len(prefill), n_kv_heads))
+
+
+def _aligned(n_bytes):
+    """The next multiple of ALIGNED."""
+    return -(-n_bytes // ALIGNED) * ALIGNED
 
 
 def _columns(prefix, columns):

@@ -3,6 +3,7 @@
 import pytest
 
 from engine.kernels import host
+from tests import stand_in
 from tests import tiny_models as tiny
 
 MOST_BUILDS = 120               # of kernels for the host, in the whole suite
@@ -21,6 +22,13 @@ def pytest_sessionfinish(session):
 def pytest_terminal_summary(terminalreporter):
     terminalreporter.write_line(f"host builds of kernels: {len(host.asked)} used (at most {MOST_BUILDS} may be), "
                                 f"{host.n_builds} compiled in this run")
+
+
+@pytest.fixture
+def gpu():
+    """A stand-in for CuPy and one GPU, as long as the test runs."""
+    with stand_in.installed() as gpu:
+        yield gpu
 
 
 @pytest.fixture(scope="session")

@@ -25,12 +25,6 @@ SCALE = Kernel(str(Path(__file__).with_name("stand_in.cu")), "scale")
 
 
 @pytest.fixture
-def gpu():
-    with stand_in.installed() as gpu:
-        yield gpu
-
-
-@pytest.fixture
 def lane(gpu):
     lane = CudaLane(0, None, BF16)
     with lane.running():

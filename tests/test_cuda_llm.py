@@ -24,12 +24,6 @@ MIXED = [SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.3, seed
          SamplingParams(seed=3, ignore_eos=True, max_tokens=7), GREEDY]
 
 
-@pytest.fixture
-def gpu():
-    with stand_in.installed() as gpu:
-        yield gpu
-
-
 def open_llm(case, device="cuda", **arguments):
     return LLM(Golden(case).checkpoint, device=device, **{"max_seq_len": 256, "max_seqs": 8, "max_batch_tokens": 64,
                                                           "progress": False, **arguments})

@@ -10,16 +10,9 @@ from engine.cuda_lane import CudaLane
 from engine.errors import KernelError
 from engine.graph import GraphCache, bucket_sizes
 from engine.kernels.source import Kernel
-from tests import stand_in
 
 ACCUMULATE = Kernel(str(Path(__file__).with_name("stand_in.cu")), "accumulate")
 N = 40
-
-
-@pytest.fixture
-def gpu():
-    with stand_in.installed() as gpu:
-        yield gpu
 
 
 @pytest.fixture

@@ -19,12 +19,6 @@ SCALE = source.Kernel(KERNELS, "scale")
 
 
 @pytest.fixture
-def gpu():
-    with stand_in.installed() as gpu:
-        yield gpu
-
-
-@pytest.fixture
 def stream(gpu):
     """A stream that is current."""
     import cupy

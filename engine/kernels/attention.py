@@ -8,6 +8,7 @@ from engine.kernels.paged import NO_LIMIT, geometry, scratch_size, split_keys
 from engine.kernels.source import BF16, Kernel
 
 ATTENTION = Kernel("attention.cu", "attention")
+MULTIPLE, MOST_HEAD_DIM, MOST_GROUP = 4, 512, 16    # of head_dim, and query heads of a KV head
 
 __all__ = ["attention", "scratch_size", "variants"]
 
@@ -29,11 +30,11 @@ def attention(q, k_pages, v_pages, paged, *, scale, out, scratch, window=None, c
                  out=(out, "n_tokens q_width", BF16))
     head_dim, n_kv_heads = dims.head_dim, dims.n_kv_heads
     n_heads = dims.q_width // head_dim
-    if head_dim % 4 or head_dim > 512:
-        raise ShapeError(f"attention: head_dim is {head_dim}, expected a multiple of 4 up to 512")
-    if n_heads * head_dim != dims.q_width or n_heads % n_kv_heads or not 1 <= n_heads // n_kv_heads <= 16:
-        raise ShapeError(f"attention: q is {dims.q_width} wide, expected 1 to 16 times the {n_kv_heads * head_dim} of "
-                         f"{n_kv_heads} KV heads of {head_dim}")
+    if head_dim % MULTIPLE or head_dim > MOST_HEAD_DIM:
+        raise ShapeError(f"attention: head_dim is {head_dim}, expected a multiple of {MULTIPLE} up to {MOST_HEAD_DIM}")
+    if n_heads * head_dim != dims.q_width or n_heads % n_kv_heads or not 1 <= n_heads // n_kv_heads <= MOST_GROUP:
+        raise ShapeError(f"attention: q is {dims.q_width} wide, expected 1 to {MOST_GROUP} times the "
+                         f"{n_kv_heads * head_dim} of {n_kv_heads} KV heads of {head_dim}")
     if paged.page_size != dims.page_size:
         raise ShapeError(f"attention: planned for pages of {paged.page_size} positions, k_pages has {dims.page_size}")
     least = scratch_size(n_kv_heads, head_dim)

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 from engine.errors import ConfigError
 from engine.kernels import cublas, gemm, paged, sampling
 from engine.kernels.activation import logit_softcap
-from engine.kernels.attention import attention
+from engine.kernels.attention import MOST_GROUP, MOST_HEAD_DIM, MULTIPLE, attention
 from engine.kernels.embedding import embed, select_rows
 from engine.kernels.gemm import gated_linear, linear
 from engine.kernels.rmsnorm import MOST_HIDDEN, add_norm, rms_norm
@@ -15,8 +15,6 @@ from engine.kernels.sampling import apply_edits, sample, top_logprobs
 __all__ = ["add_norm", "apply_edits", "attention", "check", "embed", "explain", "gated_linear", "linear",
            "logit_softcap", "qk_norm_rope_cache", "rms_norm", "rope_angles", "sample", "scratch_size", "select_rows",
            "top_logprobs"]
-
-MOST_HEAD_DIM, MOST_GROUP, MULTIPLE = 512, 16, 4
 
 
 def scratch_size(spec, max_tokens, max_logit_rows):
