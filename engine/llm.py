@@ -8,24 +8,16 @@ from engine import prompts as prompt_input
 from engine.backend import lane_of, open_lane
 from engine.checks import is_int, is_number
 from engine.config import EngineConfig
+from engine.core import Core
 from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
 from engine.explain import explain
-from engine.graph import GraphCache
-from engine.kv_cache import KVCache
-from engine.layer_scheduler import LayerScheduler
-from engine.loop import Loop
 from engine.memory_plan import plan_memory
 from engine.models import describe
 from engine.outputs import ForwardOutput, RequestMetrics, RequestOutput, StreamPiece
 from engine.random import request_seed
 from engine.sampler import MAX_VOCAB
 from engine.sampling_params import SamplingParams
-from engine.scheduler import Scheduler
-from engine.step import Step
-from engine.step_inputs import Stager
 from engine.tasks import Generation, Probe
-from engine.weights import checked_account, load
-from engine.workspace import Workspace
 from loaders.chat_template import ChatTemplate
 from loaders.config import Config
 from loaders.generation_config import load_generation_config
@@ -73,40 +65,31 @@ class LLM:
         eos_ids = self.generation.eos_token_ids or self.spec.eos_ids
         self.eos_ids = tuple(i for i in eos_ids if i < self.spec.vocab)     # a shrunk vocabulary cannot emit the others
         self.default_params = _default_params(self.generation.sampling)
-        with self.lane.running():
-            runner = self._open_model()
-        self.scheduler = Scheduler(self.kv_cache, self.config.max_seqs, self.config.max_batch_tokens)
-        self._loop = Loop(runner, self.scheduler, self.kv_cache)
+        with Checkpoint.open(self.path) as checkpoint:
+            self._core = Core.open(self.spec, self.config, self.lane, checkpoint, self._loading)
         self._n_requests = 0
         self._counts = dict.fromkeys(("requests", "finished", "errors", "aborted", "prompt_tokens",
                                       "generated_tokens"), 0)
 
-    def _open_model(self):
-        """Plans the memory, loads the weights, takes KV cache and workspace; returns the Step that runs them."""
-        spec, config, lane = self.spec, self.config, self.lane
-        if lane.stages:
-            lane.ops.check(spec)
-        with Checkpoint.open(self.path) as checkpoint:
-            accounts = checked_account(spec, checkpoint.tensors)            # before anything large is allocated
-            self._plan = plan_memory(spec, config, lane.name, lane.memory_bytes())
-            n_bytes = sum(checkpoint.tensors[name].n_bytes for name in accounts.names.values())
-            with self._bar(n_bytes, "loading", unit="B", unit_scale=True) as bar:
-                self.weights = load(spec, checkpoint, accounts, lane, bar.update)
-        pools = self._plan.pools
-        self.kv_cache = KVCache([pool.spec for pool in pools], [pool.n_pages for pool in pools], config.page_size,
-                                lane)
-        workspace = Workspace(spec, config.max_batch_tokens, config.max_seqs, lane)
-        layers = LayerScheduler(spec, self.weights, self.kv_cache, workspace, lane)
-        stager = None
-        if lane.stages:
-            stager = Stager(spec, self.kv_cache, self.max_seq_len, config.max_batch_tokens, config.max_seqs, lane)
-        can_capture = lane.has_graphs and config.gemm == "own"
-        self.graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
-        return Step(layers, workspace, lane, stager, self.graphs)
-
     @property
     def max_seq_len(self):
-        return self._plan.max_seq_len
+        return self._core.plan.max_seq_len
+
+    @property
+    def weights(self):
+        return self._core.weights
+
+    @property
+    def kv_cache(self):
+        return self._core.kv_cache
+
+    @property
+    def scheduler(self):
+        return self._core.scheduler
+
+    @property
+    def graphs(self):
+        return self._core.graphs
 
     def generate(self, prompts, params=None):
         """Completes prompts; returns a RequestOutput each, in order, or one for a single prompt.
@@ -169,13 +152,13 @@ class LLM:
         tasks = [task for _, task in admitted]
         with self._running(admitted) as sequences:
             while not all(sequence.task.is_finished for sequence in sequences):
-                self._loop.step()
+                self._core.loop.step()
         return ForwardOutput([task.logits for task in tasks],
                              [task.hidden for task in tasks] if return_hidden_states else None)
 
     def plan(self):
         """The MemoryPlan this engine runs under."""
-        return self._plan
+        return self._core.plan
 
     def explain(self):
         """What runs where and why, as text: lane, layers, pools and their ledgers, tensors left unread."""
@@ -243,7 +226,7 @@ class LLM:
             tasks = [sequence.task for sequence in sequences]
             n_done = 0
             while n_done < len(tasks):
-                self._loop.step()
+                self._core.loop.step()
                 n_now = sum(task.is_finished for task in tasks)
                 if not bar.disable:
                     n_tokens = sum(len(task.output.token_ids) for task in tasks)
@@ -257,7 +240,7 @@ class LLM:
         with self._running([(ids, task)]):
             while True:
                 if not task.is_finished:
-                    self._loop.step()
+                    self._core.loop.step()
                 text, token_ids = task.piece()
                 is_last = task.is_finished                      # while a piece is out, other calls may end the task
                 if text or token_ids or is_last:
@@ -271,11 +254,11 @@ class LLM:
         sequences = []
         try:
             for one in admitted:
-                sequences.append(self._loop.submit(*one))
+                sequences.append(self._core.loop.submit(*one))
             yield sequences
         finally:
             for sequence in sequences:
-                self._loop.withdraw(sequence)
+                self._core.loop.withdraw(sequence)
                 if isinstance(sequence.task, Generation):
                     self._count(sequence)
 
@@ -288,6 +271,9 @@ class LLM:
         self._counts["aborted" if output.finish_reason == "abort" else "finished"] += 1
         self._counts["prompt_tokens"] += len(output.prompt_token_ids)
         self._counts["generated_tokens"] += len(output.token_ids)
+
+    def _loading(self, n_bytes):
+        return self._bar(n_bytes, "loading", unit="B", unit_scale=True)
 
     def _bar(self, total, what, **options):
         from tqdm import tqdm  # not needed to import the engine

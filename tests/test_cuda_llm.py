@@ -35,7 +35,7 @@ def prompts_of(case, n=4):
 
 def watch(llm, look):
     """[look(batch, n before)] of every step from now on; look is called when the step is done."""
-    runner, seen = llm._loop.runner, []
+    runner, seen = llm._core.step, []
     run = runner.run
 
     def watched(batch):
@@ -81,7 +81,7 @@ def test_replayed_steps_leave_the_logits_of_eager_ones(gpu, case):
     """Bit for bit after every step, over buckets that fill, overflow and shrink as requests come and go."""
     def logits_of(llm):
         def look(batch, before):
-            workspace = llm._loop.runner.workspace
+            workspace = llm._core.step.workspace
             with llm.lane.running():
                 return llm.lane.to_host(workspace.rows("logits", len(batch.to_sample), llm.spec.vocab)).copy()
         return watch(llm, look)
@@ -177,16 +177,16 @@ def test_a_step_interrupted_leaves_an_engine_that_goes_on(gpu):
     """Ctrl-C in the middle of a capture: the stream leaves it, the request ends, the next one runs."""
     llm, prompt = open_llm(CASES[0]), prompts_of(CASES[0])[0]
     expected = open_llm(CASES[0]).generate(prompt, GREEDY).token_ids
-    logits = llm._loop.runner.layers.logits
+    logits = llm._core.step.layers.logits
 
     def interrupted(states):
         if gpu.capturing:
             raise KeyboardInterrupt
         return logits(states)
-    llm._loop.runner.layers.logits = interrupted
+    llm._core.step.layers.logits = interrupted
     with pytest.raises(KeyboardInterrupt):
         llm.generate(prompt, GREEDY)
-    llm._loop.runner.layers.logits = logits
+    llm._core.step.layers.logits = logits
     assert llm.generate(prompt, GREEDY).token_ids == expected and not llm.graphs.failures
 
 

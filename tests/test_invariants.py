@@ -119,7 +119,7 @@ def test_pages_overwritten_between_steps_are_noticed(checkpoints, name, monkeypa
     llm = tiny.open_llm(checkpoints[name], max_batch_tokens=8, page_size=4)
     params = SamplingParams(temperature=0, max_tokens=4, n_logprobs=1, ignore_eos=True)
     right = llm.generate(PROMPTS[1], params)
-    run, n_runs = llm._loop.runner.layers.run, 0
+    run, n_runs = llm._core.step.layers.run, 0
 
     def run_after_poison(*args):
         nonlocal n_runs
@@ -128,7 +128,7 @@ def test_pages_overwritten_between_steps_are_noticed(checkpoints, name, monkeypa
             poison(llm)
         return run(*args)
 
-    monkeypatch.setattr(llm._loop.runner.layers, "run", run_after_poison)
+    monkeypatch.setattr(llm._core.step.layers, "run", run_after_poison)
     logits = llm.forward([PROMPTS[1]], return_logits="all").logits[0]
     assert np.isfinite(logits[:8]).all() and np.isnan(logits[8:]).all()
     n_runs = 0

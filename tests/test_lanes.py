@@ -159,7 +159,7 @@ def test_logprobs_do_not_depend_on_how_many_the_neighbours_want(tmp_path, open_l
 def test_the_plan_counts_what_is_taken(checkpoints, open_llm):
     for arguments in ({}, {"max_seqs": 300, "max_batch_tokens": 20}, {"max_seqs": 3, "max_seq_len": 40}):
         llm = open_llm(checkpoints["gemma4"], **{"max_seq_len": 64, **arguments})
-        workspace, stager = llm._loop.runner.workspace, llm._loop.runner._stager
+        workspace, stager = llm._core.step.workspace, llm._core.step._stager
         taken = sum(buffer.nbytes for buffer in [*workspace._buffers.values(), *workspace.scratch])
         assert llm.plan().workspace_bytes == taken + stager._buffer.device.nbytes
         assert llm.plan().kv_bytes == sum(pool.nbytes for pool in llm.kv_cache.k + llm.kv_cache.v)

@@ -15,7 +15,6 @@ KEPT_BYTES = 64 << 20           # an arena above this goes back to the system af
 SMALL_BYTES = 64 << 10          # operands below stay in a cache: reading them again is reported apart
 VALID, WRITTEN, WRITABLE = 1, 2, 4      # checker.cpp, state of a byte
 _lock = threading.Lock()        # there is one arena
-_last = None
 
 
 @dataclass(frozen=True)
@@ -62,12 +61,6 @@ class Traffic:
         return [Line(*key, *counts) for key, counts in table.items()]
 
 
-def last_traffic():
-    """Traffic of the last launch that ran under the checker without an error."""
-    assert _last is not None, "no launch has run under the checker"
-    return _last
-
-
 class Arena(ctypes.Structure):
     """emu::Arena"""
 
@@ -79,10 +72,11 @@ class Watch:
 
     packed    the launch's arguments, pointers into the arena
     segments  one [begin, end) of the arena for each argument, or for those that share bytes; ascending
+    counted   the launch's Traffic, once it has ended well
     """
 
     def __init__(self, library, params, packed, args):
-        self.library = library
+        self.library, self.counted = library, None
         self.arena = Arena()
         library.machine.emu_arena(ctypes.byref(self.arena))
         arrays = [(param, array) for param, array in zip(params, args, strict=True)
@@ -192,14 +186,13 @@ def _offset(array):
 
 @contextmanager
 def watched(library, params, packed, args):
-    """A Watch around a launch; the arguments change only when it ends well."""
-    global _last
+    """A Watch around a launch, which changes its arguments and counts its Traffic only when it ends well."""
     with _lock:
         watch = Watch(library, params, packed, args)
         try:
             watch.fill()
             yield watch
             watch.copy_back()
-            _last = watch.traffic()
+            watch.counted = watch.traffic()
         finally:
             watch.clear()

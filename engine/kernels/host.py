@@ -11,9 +11,11 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections import deque
 from contextlib import contextmanager
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.errors import ConfigError, KernelError
 from engine.kernels import checker
@@ -33,18 +35,29 @@ LINE_MARKER = re.compile(r'^#line (\d+) "([^"]*)"')
 n_builds = 0                # how often g++ ran
 asked = set()               # paths of the libraries that were asked for, compiled now or found in the cache
 block_limit_s = 120.0       # CPU time after which a block counts as one that never ends
-_is_checking = False
+_checked = None             # within checking(): its deque
 
 
 @contextmanager
-def checking(on=True):
-    """The context in which launches run under the checker: all of the process, because a launch says nothing of it."""
-    global _is_checking
-    former, _is_checking = _is_checking, bool(on)
+def checking(on=True, most=None):
+    """The context in which launches run under the checker: all of the process, because a launch says nothing of it.
+    Yields a deque of the last `most` of them, or of all, as Checked."""
+    global _checked
+    former, _checked = _checked, deque(maxlen=most) if on else None
     try:
-        yield
+        yield _checked
     finally:
-        _is_checking = former
+        _checked = former
+
+
+class Checked(NamedTuple):
+    """A launch that ran under the checker without an error."""
+
+    build: object
+    grid: tuple
+    block: tuple
+    smem_bytes: int
+    traffic: checker.Traffic
 
 
 def cache_folder():
@@ -212,7 +225,7 @@ class Module:
     """A Build on the host: compiled when first launched, loaded for the life of the process."""
 
     def __init__(self, built):
-        self.entry, self.params = built.entry, built.params
+        self.built, self.entry, self.params = built, built.entry, built.params
         glue = "\n".join(f'extern "C" __attribute__((visibility("default"), no_sanitize("thread")))\n'
                          f"void {entry}__run(void** args) {{ emu::call({entry}, args); }}"
                          for entry in built.source.entries)
@@ -230,11 +243,12 @@ class Module:
 
     def launch(self, grid, block, packed, args, smem):
         """Runs the kernel and waits for it. Raises KernelError with what the emulator found wrong."""
-        if not _is_checking:
+        if _checked is None:
             self._run(self.plain, grid, block, packed, smem)
             return
         with checker.watched(self.checked, self.params, packed, args) as watch:
             self._run(self.checked, grid, block, watch.packed, smem, watch)
+        _checked.append(Checked(self.built, grid, block, smem, watch.counted))
 
     def _run(self, library, grid, block, packed, smem, watch=None):
         pointers = (ctypes.c_void_p * len(packed))(*(ctypes.addressof(value) for value in packed))
@@ -262,8 +276,3 @@ class Module:
 
 def _n_workers():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def last_traffic():
-    """Traffic of the last launch under the checker."""
-    return checker.last_traffic()

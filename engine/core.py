@@ -1,0 +1,71 @@
+"""Core: a model's weights, KV cache and step on one lane, ready to be scheduled; knows nothing of prompts or text."""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+from engine.config import EngineConfig
+from engine.graph import GraphCache
+from engine.kv_cache import KVCache
+from engine.layer_scheduler import LayerScheduler
+from engine.loop import Loop
+from engine.memory_plan import MemoryPlan, plan_memory
+from engine.models.spec import ModelSpec
+from engine.scheduler import Scheduler
+from engine.step import Step
+from engine.step_inputs import Stager
+from engine.weights import Weights, checked_account, load
+from engine.workspace import Workspace
+
+
+@contextmanager
+def no_bar(n_bytes):
+    """A bar that shows nothing."""
+    yield SimpleNamespace(update=lambda n_bytes: None)
+
+
+@dataclass
+class Core:
+    """What a ModelSpec becomes under an EngineConfig on a lane."""
+
+    spec: ModelSpec
+    config: EngineConfig
+    lane: object
+    plan: MemoryPlan
+    weights: Weights
+    kv_cache: KVCache
+    workspace: Workspace
+    graphs: GraphCache
+    step: Step
+    scheduler: Scheduler
+    loop: Loop
+
+    @classmethod
+    def open(cls, spec, config, lane, checkpoint, bar=no_bar):
+        """Plans the memory, loads the weights, takes KV cache and workspace.
+
+        checkpoint  what has `tensors` and `read_range`, as loaders.safetensors.Checkpoint
+        bar         bar(n_bytes) is a context of something with update(n_bytes), as tqdm's, for the loading
+        Raises ConfigError, CheckpointError, MemoryPlanError.
+        """
+        with lane.running():
+            if lane.stages:
+                lane.ops.check(spec)
+            accounts = checked_account(spec, checkpoint.tensors)            # before anything large is allocated
+            plan = plan_memory(spec, config, lane.name, lane.memory_bytes())
+            n_bytes = sum(checkpoint.tensors[name].n_bytes for name in accounts.names.values())
+            with bar(n_bytes) as loading:
+                weights = load(spec, checkpoint, accounts, lane, loading.update)
+            kv_cache = KVCache([pool.spec for pool in plan.pools], [pool.n_pages for pool in plan.pools],
+                               config.page_size, lane)
+            workspace = Workspace(spec, config.max_batch_tokens, config.max_seqs, lane)
+            layers = LayerScheduler(spec, weights, kv_cache, workspace, lane)
+            stager = None
+            if lane.stages:
+                stager = Stager(spec, kv_cache, plan.max_seq_len, config.max_batch_tokens, config.max_seqs, lane)
+            can_capture = lane.has_graphs and config.gemm == "own"
+            graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
+            step = Step(layers, workspace, lane, stager, graphs)
+        scheduler = Scheduler(kv_cache, config.max_seqs, config.max_batch_tokens)
+        return cls(spec, config, lane, plan, weights, kv_cache, workspace, graphs, step, scheduler,
+                   Loop(step, scheduler, kv_cache))

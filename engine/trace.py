@@ -1,0 +1,24 @@
+"""Watching the ops of a step: an op table that says what it runs."""
+
+from functools import wraps
+from types import SimpleNamespace
+
+OPS = ("add_norm", "apply_edits", "attention", "embed", "gated_linear", "linear", "logit_softcap", "qk_norm_rope_cache",
+       "rms_norm", "rope_angles", "sample", "select_rows", "top_logprobs")
+
+
+def traced(ops, around):
+    """The op table `ops` with every op run inside around(name, args, kwargs), a context; the rest passes through.
+
+    While a CUDA graph is captured ops run as always, and when it is replayed they do not: a trace wants graphs=False.
+    """
+    table = {name: getattr(ops, name) for name in dir(ops) if not name.startswith("_")}
+    return SimpleNamespace(**{**table, **{name: _traced(name, table[name], around) for name in OPS}})
+
+
+def _traced(name, op, around):
+    @wraps(op)
+    def run(*args, **kwargs):
+        with around(name, args, kwargs):
+            return op(*args, **kwargs)
+    return run
