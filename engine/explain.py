@@ -2,13 +2,16 @@
 
 from itertools import groupby
 
+from engine.floor import floor
+
 LANES = {"cpu": "ops from engine/reference.py, matrix products by NumPy's BLAS",
          "emulated": "the kernels of cuda/*.cu, compiled by g++",
          "cuda": "the kernels of cuda/*.cu, compiled by NVRTC"}
 
 
 def explain(llm):
-    """Lane, layers with the op each uses, pools with their ledgers, settings without effect, tensors left unread."""
+    """Lane, layers with the op each uses, pools with their ledgers, the least a step costs, settings without effect,
+    tensors left unread."""
     spec, config = llm.spec, llm.config
     lines = [f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}",
              f"lane {llm.lane.name}, {llm.lane.dtype}: " + LANES[llm.lane.name]
@@ -26,6 +29,7 @@ def explain(llm):
         lines.append(f"  pool {pool.kind}: {pages.n_pages} pages of {pool.page_size} tokens, {pages.n_free} free")
     lines.append("head: " + ("its own matrix" if llm.weights.head is not llm.weights.embed else
                  "tied to the embedding" + ("" if spec.tied else ": the file has none of its own")))
+    lines += _least(spec, llm.lane.dtype.itemsize, llm.plan().max_seq_len, config.max_batch_tokens)
     if llm.lane.stages:
         lines += llm.lane.ops.explain(spec, config.max_batch_tokens)
     if llm.lane.has_graphs:
@@ -38,3 +42,12 @@ def explain(llm):
         lines.append(f"tensors in the file that a text run does not read: {len(llm.weights.unused)} "
                      f"({', '.join(llm.weights.unused[:3])}{', ...' if len(llm.weights.unused) > 3 else ''})")
     return "\n".join(lines)
+
+
+def _least(spec, itemsize, max_seq_len, max_batch_tokens):
+    """What no implementation moves or computes less than, for one token and for a prompt."""
+    n_prompt = min(max_seq_len, max_batch_tokens)
+    for what, n_query, context in ((f"a token after {max_seq_len - 1}", 1, max_seq_len),
+                                   (f"a prompt of {n_prompt} tokens", n_prompt, n_prompt)):
+        least = floor(spec, [(1, n_query, context)], itemsize, itemsize)
+        yield f"least work, {what}: {least.bytes / 1e9:.3g} GB and {least.flops / 1e9:.3g} GFLOP"

@@ -8,10 +8,7 @@ class LayerScheduler:
     """Runs batches through one model. Allocates nothing of its own in a step, reads nothing back."""
 
     def __init__(self, spec, weights, kv_cache, workspace, lane):
-        for i, layer in enumerate(spec.layers):
-            if type(layer.attention) is not AttentionSpec or type(layer.mlp) is not DenseSpec:
-                raise TypeError(f"layer {i}: no branch for {type(layer.attention).__name__} and "
-                                f"{type(layer.mlp).__name__}")
+        _refuse_unknown(spec)
         self.spec, self.weights, self.kv_cache, self.workspace = spec, weights, kv_cache, workspace
         self.ops = lane.ops
         self._embed_scale = float(lane.dtype.type(spec.embed_scale))
@@ -89,3 +86,17 @@ class LayerScheduler:
         act = self.workspace.rows("act", len(normed), mlp.intermediate)
         self.ops.gated_linear(normed, w.gate_up, act, self.workspace.scratch)
         self.ops.linear(act, w.down, out, self.workspace.scratch)
+
+
+def _refuse_unknown(spec):
+    """Raises TypeError for what a ModelSpec can say and no branch here does."""
+    if spec.per_layer_input:
+        raise TypeError(f"no branch for per-layer inputs, of {spec.per_layer_input}")
+    for i, layer in enumerate(spec.layers):
+        attention, mlp = layer.attention, layer.mlp
+        if type(attention) is not AttentionSpec or type(mlp) is not DenseSpec:
+            raise TypeError(f"layer {i}: no branch for {type(attention).__name__} and {type(mlp).__name__}")
+        if attention.chunk is not None:
+            raise TypeError(f"layer {i}: no branch for {attention.kind} attention")
+        if layer.kv_from is not None:
+            raise TypeError(f"layer {i}: no branch for reading the K and V of layer {layer.kv_from}")

@@ -1,11 +1,12 @@
 """MemoryPlan: what fits where, computed from shapes alone, before a byte is allocated."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from engine.backend import DTYPES, ops_of
 from engine.errors import ConfigError, MemoryPlanError
+from engine.floor import floor
 from engine.kv_cache import PoolSpec, pool_specs
 from engine.step_inputs import Stager
 from engine.weights import n_weights
@@ -48,7 +49,11 @@ class PoolPlan:
 @dataclass(frozen=True)
 class MemoryPlan:
     """Bytes of weights, KV pools and workspace in `memory_bytes`; the longest sequence accepted is max_seq_len, and at
-    most max_seqs run at once."""
+    most max_seqs run at once.
+
+    step_bytes, full_step_bytes  what a step reads that decodes a token of one sequence of that length, and of all
+                                 n_full_seqs: the weights it touches, K and V
+    """
 
     memory_bytes: int
     weights_bytes: int
@@ -56,6 +61,8 @@ class MemoryPlan:
     pools: tuple
     max_seq_len: int
     max_seqs: int
+    step_bytes: int = 0
+    full_step_bytes: int = 0
 
     @property
     def kv_bytes(self):
@@ -79,6 +86,8 @@ class MemoryPlan:
         rows += [("workspace", self.workspace_bytes, ""), ("free", self.free_bytes, "")]
         lines = [f"{name:<18}{n_bytes / 2**20:>12.1f} MiB  {note}".rstrip() for name, n_bytes, note in rows]
         lines.append(f"longest sequence {self.max_seq_len} tokens; {self.n_full_seqs} of that length at once")
+        lines.append(f"a step of 1 token reads at most {self.step_bytes / 2**20:.1f} MiB of weights, K and V; a step "
+                     f"of all {self.n_full_seqs} sequences {self.full_step_bytes / 2**20:.1f} MiB")
         return "\n".join(lines)
 
 
@@ -115,7 +124,9 @@ def plan_memory(spec, config, kind, memory_bytes=None):
     n_pages = _size_pools(specs, config, page_bytes, kv_bytes, fits)
     pools = tuple(PoolPlan(pool, n, config.page_size, n_bytes, pool.pages_needed(fits, config.page_size))
                   for pool, n, n_bytes in zip(specs, n_pages, page_bytes, strict=True))
-    return MemoryPlan(memory, weights_bytes, workspace_bytes, pools, fits, config.max_seqs)
+    plan = MemoryPlan(memory, weights_bytes, workspace_bytes, pools, fits, config.max_seqs)
+    one, full = (floor(spec, [(n, 1, fits)], itemsize, itemsize).bytes for n in (1, plan.n_full_seqs))
+    return replace(plan, step_bytes=one, full_step_bytes=full)
 
 
 def _longest_that_fits(specs, page_size, page_bytes, kv_bytes, limit):

@@ -237,4 +237,14 @@ def test_text():
         "(1 KV heads of 32)",
         "workspace                  1.6 MiB",
         "free                      87.8 MiB",
-        "longest sequence 128 tokens; 2 of that length at once"]
+        "longest sequence 128 tokens; 2 of that length at once",
+        "a step of 1 token reads at most 0.3 MiB of weights, K and V; a step of all 2 sequences 0.4 MiB"]
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_the_bytes_of_a_step_are_those_that_are_planned(directory, name):
+    """All weights but the norms, which are far below a thousandth of a large model; K and V of what a window leaves."""
+    got = plan(directory(RELEASED[name].config), device="cuda", memory_bytes=141e9, max_seq_len=20_000)
+    seq_bytes = sum(pool.token_bytes * min(pool.spec.window or 20_000, 20_000) for pool in got.pools)
+    assert got.full_step_bytes - got.step_bytes == pytest.approx((got.n_full_seqs - 1) * seq_bytes, rel=1e-4)
+    assert got.step_bytes == pytest.approx(got.weights_bytes + seq_bytes, rel=1e-3)

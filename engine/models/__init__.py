@@ -1,6 +1,6 @@
 """Models as data: `describe(config)` turns a config.json into a ModelSpec, or refuses it by name."""
 
 from engine.models.registry import describe
-from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec
+from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
-__all__ = ["AttentionSpec", "DenseSpec", "LayerSpec", "ModelSpec", "RopeSpec", "describe"]
+__all__ = ["AttentionSpec", "DenseSpec", "LayerSpec", "ModelSpec", "MoeSpec", "RopeSpec", "describe"]

@@ -53,8 +53,10 @@ class RopeSpec:
         return ((1 - kept) * plain / self.factor + kept * plain).astype(np.float32)
 
 
-def attention_kind(window):
-    """How layers and KV pools of that window are named to people."""
+def attention_kind(window, chunk=None):
+    """How layers and KV pools of that window or chunk are named to people."""
+    if chunk is not None:
+        return f"chunked({chunk})"
     return "global" if window is None else f"sliding({window})"
 
 
@@ -65,6 +67,7 @@ class AttentionSpec:
     window    keys a token sees, itself included; None is every earlier one (a global layer)
     v_norm    v goes through a weight-less RMSNorm
     v_is_k    there is no v projection: v is the k projection before k's norm and RoPE
+    chunk     a token sees only positions of its own stretch of so many, counted from position 0; None is no such limit
     """
 
     n_heads: int
@@ -75,10 +78,11 @@ class AttentionSpec:
     window: int | None = None
     v_norm: bool = False
     v_is_k: bool = False
+    chunk: int | None = None
 
     @property
     def kind(self):
-        return attention_kind(self.window)
+        return attention_kind(self.window, self.chunk)
 
     @property
     def q_width(self):
@@ -102,12 +106,30 @@ class DenseSpec:
 
 
 @dataclass(frozen=True)
+class MoeSpec:
+    """Experts of a shape, of which a router picks some for each token.
+
+    intermediate  of one expert
+    dense         the branch beside the experts that every token takes (Llama 4: the shared expert), or None
+    """
+
+    n_experts: int
+    experts_per_token: int
+    intermediate: int
+    dense: DenseSpec | None = None
+
+
+@dataclass(frozen=True)
 class LayerSpec:
-    """One decoder block: x += norm(attention(norm(x))); x += norm(mlp(norm(x))); x *= layer_scalar where it has one."""
+    """One decoder block: x += norm(attention(norm(x))); x += norm(mlp(norm(x))); x *= layer_scalar where it has one.
+
+    kv_from  number of the earlier layer whose K and V this one reads, having no k and v projections; None is its own
+    """
 
     attention: AttentionSpec
-    mlp: DenseSpec
+    mlp: DenseSpec | MoeSpec
     layer_scalar: bool = False
+    kv_from: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,6 +142,7 @@ class ModelSpec:
     tied            the head is the embedding matrix; a separate head is used only if the checkpoint has one
     eos_ids         token ids that end a text, as config.json names them; generation_config.json goes before it
     unused_prefixes name prefixes of tensors that a text run does not read (vision and audio parts)
+    per_layer_input width of what a second embedding table gives each layer of a token; 0 is no such table
     """
 
     architecture: str
@@ -134,3 +157,4 @@ class ModelSpec:
     tied: bool
     eos_ids: tuple = ()
     unused_prefixes: tuple = ()
+    per_layer_input: int = 0

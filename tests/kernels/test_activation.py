@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import reference
+from engine import cost, reference
 from engine.errors import ShapeError
 from engine.kernels.activation import THREADS, logit_softcap
 from engine.kernels.source import Kernel
@@ -62,8 +62,10 @@ def test_strides_are_refused(lane):
 
 
 def test_softcap_moves_the_least(lane):
-    capped(lane, np.ones((3, 40000), np.float32))
-    assert_least_traffic(lane.traffic(), least_bytes("activation.cu", "logit_softcap", n=120000))
+    logits = np.ones((3, 40000), np.float32)
+    capped(lane, logits)
+    assert_least_traffic(lane.traffic(), least_bytes("activation.cu", "logit_softcap", n=120000),
+                         cost.logit_softcap(logits, 30.0))
 
 
 # --- activation.cuh

@@ -6,6 +6,7 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
+from engine import cost
 from engine.batch import PagedBatch
 from engine.errors import ShapeError
 from engine.kernels import paged as planning
@@ -405,7 +406,7 @@ def test_decode_reads_keys_and_values_once(lane, head_dim, n_kv_heads, group, wi
     case = Case.make([(1, 600), (1, 1100)], head_dim, n_kv_heads, group, window=window)
     inputs = case.inputs(lane.put)
     work = lane.to_host(inputs.decode_work)
-    attend(lane, case, inputs)
+    out = attend(lane, case, inputs)
     traffic = lane.traffic()
     seen = [interval(context - 1, case.see) for _, _, context in case.rows]
     n_tables = sum(last // 16 - first // 16 + 1 for first, last in seen)
@@ -414,7 +415,8 @@ def test_decode_reads_keys_and_values_once(lane, head_dim, n_kv_heads, group, wi
     assert_least_traffic(traffic, least_bytes(
         "attention.cu", "attention", n_keys=sum(last - first + 1 for first, last in seen), n_kv_heads=n_kv_heads,
         head_dim=head_dim, n_tokens=2, n_heads=n_kv_heads * group, n_part_rows=len(work) * n_kv_heads * group,
-        n_index_bytes=4 * (work.size + 1 + n_tables + 2 + 2 + 3 + n_counts)))
+        n_index_bytes=4 * (work.size + 1 + n_tables + 2 + 2 + 3 + n_counts)),
+        cost.attention(case.q, case.k, case.v, inputs, scale=case.scale, out=out, **case.see))
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])       # rows of 80 are copied with some: 10 chunks to 8 banks

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from engine.errors import ShapeError
+from engine.kernel_cost import gated_activation_cost
 from engine.kernels import cublas
 from engine.kernels.gemm import GATED_ACTIVATION, NARROW
 from engine.workspace import Scratch
@@ -100,7 +101,8 @@ def test_gated_activation_rounds_once_and_moves_each_byte_once(lane, n_out):
     identity = np.eye(2 * n_out)
     want = twin("gelu_tanh", gate_up, identity, None, np.float64)
     assert_ulps(lane.to_host(out), want, terms=(f64(gate_up[:, :n_out]) / 2 * gate_up[:, n_out:],))
-    assert_least_traffic(lane.traffic(), least_bytes("gemm.cu", "gated_activation", n_tokens=3, n_out=n_out))
+    assert_least_traffic(lane.traffic(), least_bytes("gemm.cu", "gated_activation", n_tokens=3, n_out=n_out),
+                         gated_activation_cost(3, n_out))
 
 
 def test_scratch_holds_a_token_or_a_bounded_number():

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import reference
+from engine import cost, reference
 from engine.errors import ShapeError
 from engine.kernels.embedding import embed, select_rows
 from tests.kernels.closeness import BF16, assert_ulps, bf16, f64
@@ -64,9 +64,10 @@ def test_embed_refuses_what_does_not_fit(lane, table, token_ids, message):
 
 @pytest.mark.parametrize("hidden", [1152, 5376])
 def test_embed_moves_the_least(lane, hidden):
-    run_embed(lane, normals(np.random.default_rng(4), 40, hidden), ids(*range(0, 40, 2)), 34.0)
+    table, token_ids = normals(np.random.default_rng(4), 40, hidden), ids(*range(0, 40, 2))
+    out = run_embed(lane, table, token_ids, 34.0)
     least = least_bytes("embedding.cu", "embed", n_tokens=20, n_distinct=20, hidden=hidden)
-    assert_least_traffic(lane.traffic(), least)
+    assert_least_traffic(lane.traffic(), least, cost.embed(table, token_ids, 34.0, out))
 
 
 # --- select_rows
@@ -113,7 +114,8 @@ def test_select_rows_refuses_strides(lane):
 
 @pytest.mark.parametrize("width, dtype", [(5376, BF16), (1152, np.float32)])
 def test_select_rows_moves_the_least(lane, width, dtype):
-    select_rows(lane.zeros((40, width), dtype), lane.put(ids(*range(0, 40, 2))), lane.empty((20, width), dtype))
+    arrays = lane.zeros((40, width), dtype), lane.put(ids(*range(0, 40, 2))), lane.empty((20, width), dtype)
+    select_rows(*arrays)
     least = least_bytes("embedding.cu", "select_rows", n_kept=20, n_distinct=20,
                         row_words=width * np.dtype(dtype).itemsize // 4)
-    assert_least_traffic(lane.traffic(), least)
+    assert_least_traffic(lane.traffic(), least, cost.select_rows(*arrays))

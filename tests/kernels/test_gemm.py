@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import reference
+from engine import cost, reference
 from engine.errors import ShapeError
 from engine.kernels import gemm
 from engine.kernels.gemm import ACTIVATIONS, NARROW, WIDE, gated_linear, linear, plan, plan_with, scratch_size, splits
@@ -248,13 +248,17 @@ def test_a_launch_moves_what_its_header_says(lane, kind, n_out, n_in, n_tokens):
     x, residual = bf16(rng.standard_normal((n_tokens, n_in))), bf16(rng.standard_normal((n_tokens, n_out)))
     weight = weights(kind, n_out, n_in, rng)
     for how in (plan(len(weight), n_in, n_tokens), plan_with(WIDE, "walk", len(weight), n_in, n_tokens)):
-        product(lane, kind, x, weight, residual, how)
+        out = product(lane, kind, x, weight, residual, how)
         n_partials, n_counters = how.scratch_size
         least = least_bytes("gemm.cu", "gemm", n_in=n_in, n_rows=len(weight), n_tokens=n_tokens, n_out=n_out,
                             out_bytes=4 if kind == "float32" else 2, residual_bytes=2 * (kind == "residual"),
                             n_partials=n_partials, n_counters=n_counters)
         traffic = lane.traffic()
         assert traffic.distinct_bytes == least
+        if how == plan(len(weight), n_in, n_tokens):    # the launcher's choice
+            extra = {"residual": residual} if kind == "residual" else {}
+            op = cost.gated_linear if kind in ACTIVATIONS else cost.linear
+            assert op(x, weight, out, None, **extra).traffic_bytes == least
         if how.tile.tokens == 8 and n_in > 1000:        # bound by memory
             assert traffic.moved_bytes - traffic.small_reread_bytes <= 1.1 * least
 

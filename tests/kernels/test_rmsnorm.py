@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import reference
+from engine import cost, reference
 from engine.errors import ShapeError
 from engine.kernels.rmsnorm import add_norm, geometry, rms_norm
 from tests.kernels.closeness import BF16, assert_ulps, bf16, f64
@@ -116,9 +116,10 @@ def test_blocks_cover_every_row():
 @pytest.mark.parametrize("has_weight", [True, False])
 def test_rms_norm_moves_the_least(lane, hidden, has_weight):
     rng = np.random.default_rng(3)
-    run_rms_norm(lane, normals(rng, 20, hidden), normals(rng, hidden) if has_weight else None)
+    x, weight = normals(rng, 20, hidden), normals(rng, hidden) if has_weight else None
+    run_rms_norm(lane, x, weight)
     least = least_bytes("rmsnorm.cu", "rms_norm", n_rows=20, hidden=hidden, has_weight=has_weight)
-    assert_least_traffic(lane.traffic(), least)
+    assert_least_traffic(lane.traffic(), least, cost.rms_norm(x, weight, EPS, 0.0, x))
 
 
 # --- add_norm
@@ -192,8 +193,9 @@ def test_add_norm_refuses_what_does_not_fit(lane, changed):
 @pytest.mark.parametrize("has_post, has_scalar", [(True, True), (False, False)])
 def test_add_norm_moves_the_least(lane, hidden, has_post, has_scalar):
     rng = np.random.default_rng(6)
-    run_add_norm(lane, normals(rng, 20, hidden), normals(rng, 20, hidden), normals(rng, hidden) if has_post else None,
-                 normals(rng, hidden), 0.0, bf16([2]) if has_scalar else None)
+    x, weight = normals(rng, 20, hidden), normals(rng, hidden)
+    post, scalar = weight if has_post else None, bf16([2]) if has_scalar else None
+    run_add_norm(lane, x, x, post, weight, 0.0, scalar)
     least = least_bytes("rmsnorm.cu", "add_norm", n_rows=20, hidden=hidden, has_post_weight=has_post,
                         has_layer_scalar=has_scalar)
-    assert_least_traffic(lane.traffic(), least)
+    assert_least_traffic(lane.traffic(), least, cost.add_norm(x, x, post, weight, EPS, 0.0, scalar, x))

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from engine import reference
+from engine import cost, reference
 from engine.errors import ShapeError
 from engine.kernels.rope import geometry, qk_norm_rope_cache, rope_angles
 from engine.models.spec import Llama3Scaling, RopeSpec
@@ -69,8 +69,10 @@ def test_angles_refuse_what_does_not_fit(lane):
 
 
 def test_angles_move_the_least(lane):
-    run_angles(lane, np.arange(48), RopeSpec(1e6).inv_freq(512))
-    assert_least_traffic(lane.traffic(), least_bytes("rope.cu", "rope_angles", n_tokens=48, n_pairs=256))
+    positions, inv_freq = np.arange(48), RopeSpec(1e6).inv_freq(512)
+    out = run_angles(lane, positions, inv_freq)
+    assert_least_traffic(lane.traffic(), least_bytes("rope.cu", "rope_angles", n_tokens=48, n_pairs=256),
+                         cost.rope_angles(positions, inv_freq, out))
 
 
 # --- norm, rotation, cache
@@ -228,7 +230,8 @@ def test_lanes_cover_every_head():
     (32, 4, 512, "quarter", True)])
 def test_rotation_moves_the_least(lane, n_heads, n_kv_heads, head_dim, rope, v_is_k):
     case = Case(16, n_heads, n_kv_heads, head_dim, rope, v_norm=v_is_k, v_is_k=v_is_k, page_size=16, hidden_slots=())
-    case.run(lane)
+    q, *pages = case.run(lane)
     least = least_bytes("rope.cu", "qk_norm_rope_cache", n_tokens=16, n_in=case.n_in, n_heads=n_heads,
                         n_kv_heads=n_kv_heads, head_dim=head_dim, n_pairs=case.rope.n_pairs(head_dim))
-    assert_least_traffic(lane.traffic(), least)
+    assert_least_traffic(lane.traffic(), least,
+                         cost.qk_norm_rope_cache(*case.arrays(), *pages, **case.options(), out=q))

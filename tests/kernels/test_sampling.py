@@ -1,19 +1,19 @@
 """Sampling kernels against engine/sampler.py: from the same logits the same tokens, ids and edits, bit for bit."""
 
-import re
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import pytest
 
-from engine import sampler
+from engine import cost, sampler
 from engine.errors import ShapeError
 from engine.kernels import sampling as kernels
 from engine.kernels.sampling import apply_edits, chunk_of, sample, scratch_size, top_logprobs
-from engine.kernels.source import Build, folder
+from engine.kernels.source import Build
 from engine.sampler import MAX_VOCAB, LogitEdits, SamplingBatch
 from engine.sampling_params import SamplingParams
 from engine.workspace import MOST_TOP, Scratch
+from tests.kernels.declared import least_bytes
 
 REAL_VOCAB = 262144
 VOCABS = [1, 2, 5, 12, 16, 20, 24, 40, 48, 72, 1000, 5001]
@@ -300,16 +300,9 @@ def test_log_probabilities_do_not_depend_on_the_batch(lane):
 
 # Traffic
 
-def traffic_lines():
-    """{entry: the expression of its `traffic` line}."""
-    text = (folder() / "sampling.cu").read_text()
-    entry_after = r'//   traffic  ([^\n]+)\n(?:(?!traffic).)*?extern "C"[^\n]+\n(\w+)\('
-    return {entry: line for line, entry in re.findall(entry_after, text, re.S)}
-
-
-def assert_traffic(lane, monkeypatch, run, sizes):
+def assert_traffic(lane, monkeypatch, run, sizes, op_cost):
     """Each launch in run() touches as many bytes as its traffic line says, and moves hardly more in sectors, but for
-    what blocks add to the bins in scratch."""
+    what blocks add to the bins in scratch. The cost of the op is theirs, within what it guesses."""
     seen, n_blocks, launch = {}, {}, Build.launch
 
     def watched(build, grid, *args, **named):
@@ -319,9 +312,10 @@ def assert_traffic(lane, monkeypatch, run, sizes):
     monkeypatch.setattr(Build, "launch", watched)
     run()
     for entry, traffic in seen.items():
-        assert traffic.distinct_bytes == eval(traffic_lines()[entry], {"N_BINS": kernels.N_BINS, **sizes}), entry
+        assert traffic.distinct_bytes == least_bytes("sampling.cu", entry, N_BINS=kernels.N_BINS, **sizes), entry
         added = {"count_weights": 24, "sum_weights": 8}.get(entry, 0) * kernels.N_BINS * n_blocks[entry]
         assert traffic.moved_bytes - traffic.small_reread_bytes <= 1.1 * traffic.distinct_bytes + added, entry
+    assert op_cost.traffic_bytes == pytest.approx(sum(traffic.distinct_bytes for traffic in seen.values()), rel=0.1)
 
 
 @pytest.mark.parametrize("rule", [SamplingParams(top_k=64), SamplingParams(top_p=0.95, temperature=2)])
@@ -332,7 +326,7 @@ def test_sample_moves_what_its_header_says(lane, monkeypatch, rule):
     bins, kept = (bins_of(sampler.target_weights(logits[0], rules, 0)[1]) for rules in (everything, batch))
     assert_traffic(lane, monkeypatch, lambda: tokens_of(lane, logits, batch),
                    {"n_rows": 1, "vocab": 65536, "has_out": True, "n_bins": len(set(bins.tolist())),
-                    "n_listed": np.count_nonzero(bins == kept.min())})
+                    "n_listed": np.count_nonzero(bins == kept.min())}, cost.sample(logits, batch, None, None))
 
 
 def bins_of(weight):
@@ -345,14 +339,16 @@ def test_top_logprobs_move_what_their_headers_say(lane, monkeypatch):
     nth = np.sort(bins)[::-1][19]
     assert_traffic(lane, monkeypatch, lambda: tops_of(lane, logits, [5], 20),
                    {"n_rows": 1, "vocab": 65536, "has_out": False, "n": 20, "n_bins": len(set(bins.tolist())),
-                    "n_listed": np.count_nonzero(bins >= nth)})
+                    "n_listed": np.count_nonzero(bins >= nth)},
+                   cost.top_logprobs(logits, None, 20, None, None, None, None))
 
 
 def test_edits_move_what_their_header_says(lane, monkeypatch):
     rows = [(SamplingParams(frequency_penalty=0.5), [], list(range(4096)), ())] * 3
     edits = padded(LogitEdits.build(rows), 13000)
-    assert_traffic(lane, monkeypatch, lambda: apply_edits(lane.zeros((3, 4096), np.float32), on_lane(lane, edits)),
-                   {"n_edits": int(edits.n_edits[0]), "n_edited_rows": 3})
+    logits, staged = lane.zeros((3, 4096), np.float32), on_lane(lane, edits)
+    assert_traffic(lane, monkeypatch, lambda: apply_edits(logits, staged),
+                   {"n_edits": int(edits.n_edits[0]), "n_edited_rows": 3}, cost.apply_edits(logits, staged))
 
 
 # Launchers

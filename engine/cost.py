@@ -1,0 +1,46 @@
+"""The cost model: the least that an op or a step of a model costs, in bytes, operations and, given two ceilings, time.
+
+`linear(...)` and its like answer for the op of that name in the op table, `of(name, args, kwargs)` for any of them;
+`floor(spec, rows)` for a step of a ModelSpec. What a Cost is stands in roofline.py.
+"""
+
+from engine.floor import (
+    experts,
+    floor,
+    floor_parts,
+    launch_share,
+    n_matrix_weights,
+    speculation_ceiling,
+    visible,
+)
+from engine.op_cost import (
+    add_norm,
+    apply_edits,
+    attention,
+    embed,
+    gated_linear,
+    linear,
+    logit_softcap,
+    qk_norm_rope_cache,
+    rms_norm,
+    rope_angles,
+    sample,
+    select_rows,
+    top_logprobs,
+)
+from engine.roofline import Ceilings, Cost
+
+__all__ = ["OPS", "Ceilings", "Cost", "add_norm", "apply_edits", "attention", "embed", "experts", "floor",
+           "floor_parts", "gated_linear", "launch_share", "linear", "logit_softcap", "n_matrix_weights", "of",
+           "qk_norm_rope_cache", "rms_norm", "rope_angles", "sample", "select_rows", "speculation_ceiling",
+           "top_logprobs", "visible"]
+
+OPS = {op.__name__: op for op in (add_norm, apply_edits, attention, embed, gated_linear, linear, logit_softcap,
+                                  qk_norm_rope_cache, rms_norm, rope_angles, sample, select_rows, top_logprobs)}
+
+
+def of(op_name, args, kwargs=None):
+    """The Cost of ops.<op_name>(*args, **kwargs). Raises ValueError for a name that is no op."""
+    if op_name not in OPS:
+        raise ValueError(f"no cost of an op {op_name!r}, expected one of {', '.join(OPS)}")
+    return OPS[op_name](*args, **(kwargs or {}))

@@ -1,0 +1,159 @@
+"""What each op of the op table costs: the names and arguments of engine/kernels/ops.py, a Cost for an answer.
+
+Only shapes and dtypes are read, so arguments may be NumPy arrays, CuPy arrays or anything that has both. Attention also
+reads where its sequences begin and end. On the `cpu` lane, where arrays are float32, nothing extra is counted for
+matrix products and attention.
+"""
+
+import numpy as np
+
+from engine.floor import visible
+from engine.kernel_cost import (
+    add_norm_cost,
+    apply_edits_cost,
+    attention_cost,
+    count_weights_cost,
+    draw_cost,
+    embed_cost,
+    gemm_cost,
+    largest_logit_cost,
+    list_likeliest_cost,
+    logit_softcap_cost,
+    qk_norm_rope_cache_cost,
+    rms_norm_cost,
+    rope_angles_cost,
+    select_rows_cost,
+    sum_weights_cost,
+)
+from engine.kernels import gemm
+from engine.kernels import paged as planning
+from engine.kernels.sampling import N_BINS
+from engine.roofline import Cost
+
+KERNEL_ITEMSIZE = 2         # of bfloat16, which the kernels take
+
+
+def embed(table, token_ids, scale, out):
+    """No token is taken to occur twice."""
+    n_tokens, (vocab, hidden) = token_ids.shape[0], table.shape
+    return embed_cost(n_tokens, min(n_tokens, vocab), hidden, table.dtype.itemsize)
+
+
+def select_rows(x, rows, out):
+    """No row is taken to occur twice."""
+    n_kept, (n, width) = rows.shape[0], x.shape
+    return select_rows_cost(n_kept, min(n_kept, n), width * x.dtype.itemsize // 4)
+
+
+def rms_norm(x, weight, eps, weight_offset, out):
+    return rms_norm_cost(*x.shape, weight is not None, x.dtype.itemsize)
+
+
+def add_norm(residual, branch, post_weight, next_weight, eps, weight_offset, layer_scalar, out):
+    return add_norm_cost(*branch.shape, post_weight is not None, layer_scalar is not None, branch.dtype.itemsize)
+
+
+def rope_angles(positions, inv_freq, out):
+    return rope_angles_cost(positions.shape[0], inv_freq.shape[0])
+
+
+def qk_norm_rope_cache(qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, *, n_heads, v_norm, v_is_k, eps,
+                       weight_offset, interleaved=False, out):
+    """Every token is taken to have a slot."""
+    n_kv_heads, head_dim = k_pages.shape[2:]
+    return qk_norm_rope_cache_cost(qkv.shape[0], qkv.shape[1] // head_dim, n_heads, n_kv_heads, head_dim,
+                                   angles.shape[2], qkv.dtype.itemsize)
+
+
+def linear(x, weight, out, scratch=None, residual=None):
+    residual_bytes = 0 if residual is None else residual.dtype.itemsize
+    return _product(x, weight, out, residual_bytes)
+
+
+def gated_linear(x, weight, out, scratch=None, activation="gelu_tanh"):
+    return _product(x, weight, out, 0)
+
+
+def _product(x, weight, out, residual_bytes):
+    (n_tokens, n_in), n_rows, itemsize = x.shape, weight.shape[0], x.dtype.itemsize
+    if not n_tokens or not n_rows:
+        return Cost()
+    has_partials = itemsize == KERNEL_ITEMSIZE
+    partials = gemm.plan(n_rows, n_in, n_tokens).scratch_size if has_partials else (0, 0)
+    return gemm_cost(n_tokens, n_in, n_rows, out.shape[1], out.dtype.itemsize, residual_bytes, *partials, itemsize)
+
+
+def attention(q, k_pages, v_pages, paged, *, scale, out, scratch=None, window=None, chunk=None, softcap=None):
+    """paged: its cu_seqlens, context_lens and, where it has one, last_visible are host arrays.
+
+    Sums that a block carries from split to split are not counted, as in the header: they stay in the L2 cache.
+    """
+    itemsize, (page_size, n_kv_heads, head_dim) = q.dtype.itemsize, k_pages.shape[1:]
+    cu_seqlens, last_visible = np.asarray(paged.cu_seqlens, np.int64), paged.last_visible
+    begin, end, context = cu_seqlens[:-1], cu_seqlens[1:], np.asarray(paged.context_lens, np.int64)
+    dims = {"n_heads": q.shape[1] // head_dim, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
+    seen = [visible(*row, window, chunk) for row in zip((end - begin).tolist(), context.tolist(), strict=True)]
+    n_keys, n_pairs = sum(keys for keys, _ in seen), sum(pairs for _, pairs in seen)
+    if last_visible is not None:
+        position = np.arange(begin[0], end[-1]) - np.repeat(end - context, end - begin)
+        last = np.minimum(np.asarray(last_visible, np.int64), np.repeat(context, end - begin) - 1)
+        n_pairs += int((last - position).sum())
+    extra = (0, 0)
+    if itemsize == KERNEL_ITEMSIZE:
+        rows = tuple(zip(begin.tolist(), end.tolist(), context.tolist(), strict=True))
+        n_part_rows, n_work_bytes = _work(rows, last_visible, window, chunk, **dims)
+        n_entries = sum((last - 1) // page_size - (last - keys) // page_size + 1
+                        for (keys, _), last in zip(seen, context.tolist(), strict=True) if keys)
+        n_index = n_entries + 3 * len(context) + 1                  # page_begin, context_lens, cu_seqlens
+        extra = n_part_rows, n_work_bytes + 4 * (n_index + (0 if last_visible is None else q.shape[0]))
+    return attention_cost(n_keys, q.shape[0], **dims, n_part_rows=extra[0], n_index_bytes=extra[1], n_pairs=n_pairs,
+                          itemsize=itemsize)
+
+
+def _work(rows, last_visible, window, chunk, *, n_heads, n_kv_heads, head_dim):
+    """(rows of partial sums, bytes of work lists and counters) of a step, rows as planning.plan() takes them."""
+    lists = planning.plan(rows, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, window=window, chunk=chunk,
+                          last_visible=last_visible)
+    n_rows = np.array([end - begin for begin, end, _ in rows], np.int64) * (n_heads // n_kv_heads)
+    n_part_rows = n_bytes = 0
+    for work, is_decode in ((lists.decode, True), (lists.prefill, False)):
+        if not len(work):
+            continue
+        in_parts = work[work[:, 5] > 1]
+        left = n_rows[in_parts[:, 0]] - in_parts[:, 1]
+        n_part_rows += int(np.minimum(left, planning.geometry(head_dim, is_decode).rows).sum()) * n_kv_heads
+        n_tiles = int((in_parts[:, 4] == 0).sum())
+        n_bytes += 4 * (work.size + 1 + 2 * n_tiles * n_kv_heads)   # a counter of each tile is read and written
+    return n_part_rows, n_bytes
+
+
+def logit_softcap(logits, cap):
+    return logit_softcap_cost(logits.shape[0] * logits.shape[1])
+
+
+def apply_edits(logits, edits):
+    """Every entry there is room for is taken to count, and every row to have one."""
+    n_edits = edits.row.shape[0]
+    return apply_edits_cost(n_edits, min(n_edits, logits.shape[0]))
+
+
+def sample(logits, batch, out, scratch=None, domain=0):
+    """Every row is taken to have a top-k or top-p and a token in every bin; those that are sorted out are not counted,
+    16 bytes each: they are few. A greedy row passes over its logits once, not three times."""
+    n_rows, vocab = logits.shape
+    fields = (batch.is_greedy, batch.inverse_temperature, batch.top_k, batch.top_p, batch.least_weight, batch.seed,
+              batch.position)
+    n_bytes = n_rows * (4 * vocab + 4 + sum(field.dtype.itemsize for field in fields))
+    row = count_weights_cost(vocab, N_BINS) + draw_cost(vocab, 0)
+    moved = largest_logit_cost(n_rows, vocab).traffic_bytes + n_rows * row.traffic_bytes
+    return Cost(n_bytes, moved - n_bytes)
+
+
+def top_logprobs(logits, chosen, n, out_chosen, out_ids, out_logprobs, scratch=None):
+    """Every bin is taken to have a token; those among which the n largest are found are not counted, 16 bytes each."""
+    n_rows, vocab = logits.shape
+    n_bytes = n_rows * (4 * vocab + 8 + 8 * n)
+    row = sum_weights_cost(vocab, N_BINS) + (list_likeliest_cost(vocab, 0, n) if n else Cost())
+    moved = largest_logit_cost(n_rows, vocab, has_out=False).traffic_bytes + n_rows * row.traffic_bytes
+    return Cost(n_bytes, moved - n_bytes)
+

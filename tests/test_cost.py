@@ -1,0 +1,191 @@
+"""engine/cost.py: it says what the headers of cuda/*.cu say, and answers for every op from shapes alone. What the
+checker counts is held against it in tests/kernels; whole steps in tests/test_floors.py."""
+
+import ast
+import inspect
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from engine import cost, kernel_cost, reference
+from engine.backend import HostLane
+from engine.batch import PagedBatch
+from engine.config import EngineConfig
+from engine.core import Core
+from engine.cost import Ceilings, Cost, floor_parts, visible
+from engine.kernels import ops, paged
+from engine.kernels.sampling import N_BINS
+from engine.kernels.source import BF16, Source, folder
+from engine.kv_cache import PageList
+from engine.models import describe
+from engine.sampler import LogitEdits, SamplingBatch
+from engine.sampling_params import SamplingParams
+from engine.tasks import Probe
+from engine.trace import OPS, traced
+from loaders.config import Config
+from loaders.safetensors import Checkpoint
+from tests.kernels.declared import traffic_line
+
+ENTRIES = [(path.name, entry) for path in sorted(folder().glob("*.cu")) for entry in Source.load(path.name).entries]
+
+
+def shaped(*shape, dtype=BF16):
+    """What has a shape and a dtype, and no memory to speak of."""
+    return np.broadcast_to(np.zeros((), dtype), shape)
+
+
+# --- kernels
+
+@pytest.mark.parametrize("file, entry", ENTRIES)
+def test_the_header_and_the_function_agree(file, entry):
+    line = traffic_line(file, entry)
+    names = {node.id for node in ast.walk(ast.parse(line)) if isinstance(node, ast.Name)} - {"N_BINS"}
+    function = getattr(kernel_cost, f"{entry}_cost", None)
+    assert function, f"engine/kernel_cost.py has no {entry}_cost"
+    rng = np.random.default_rng(len(line))
+    for _ in range(5):
+        sizes = {name: int(rng.integers(2)) if name.startswith("has_") else int(rng.integers(1, 300_000))
+                 for name in sorted(names)}
+        got = function(**sizes)
+        assert got.traffic_bytes == eval(line, {"N_BINS": N_BINS}, sizes)
+        assert got.bytes >= 0 and got.extra_bytes >= 0 and got.flops >= 0
+
+
+# --- ops
+
+def test_every_op_has_a_cost_that_takes_its_arguments():
+    assert set(cost.OPS) == set(OPS)
+    for name, function in cost.OPS.items():
+        op = inspect.signature(getattr(ops, name)).parameters.values()
+        assert [(p.name, p.kind) for p in inspect.signature(function).parameters.values()] == \
+            [(p.name, p.kind) for p in op], name
+
+
+def test_of_an_op_by_name():
+    x, weight = shaped(3, 16), shaped(16)
+    assert cost.of("rms_norm", (x, weight), {"eps": 1e-6, "weight_offset": 0.0, "out": x}) == Cost(2 * 7 * 16)
+    with pytest.raises(ValueError, match=r"no cost of an op 'attend', expected one of add_norm, "):
+        cost.of("attend", ())
+
+
+def test_a_product_counts_two_operations_a_weight_and_token():
+    got = cost.linear(shaped(5, 256), shaped(96, 256), shaped(5, 96), None, residual=shaped(5, 96))
+    assert got == Cost(2 * (96 * 256 + 5 * 256 + 2 * 5 * 96), 0, 2 * 5 * 256 * 96)
+    gated = cost.gated_linear(shaped(5, 256), shaped(96, 256), shaped(5, 48), None)
+    assert gated.flops == got.flops and gated.bytes == 2 * (96 * 256 + 5 * 256 + 5 * 48)
+    assert cost.linear(shaped(0, 256), shaped(96, 256), shaped(0, 96), None) == Cost()
+    split = cost.linear(shaped(1, 21504), shaped(5376, 21504), shaped(1, 5376), None)
+    assert 0 < split.extra_bytes < 0.05 * split.bytes
+
+
+def test_float32_arrays_count_in_full_and_leave_no_partial_sums():
+    half, full = (cost.linear(shaped(1, 21504, dtype=dtype), shaped(5376, 21504, dtype=dtype),
+                              shaped(1, 5376, dtype=dtype), None) for dtype in (BF16, np.float32))
+    assert full.bytes == 2 * half.bytes and full.extra_bytes == 0 < half.extra_bytes and full.flops == half.flops
+    half, full = (cost.add_norm(*4 * [shaped(3, 16, dtype=dtype)], 1e-6, 0.0, None, None)
+                  for dtype in (BF16, np.float32))
+    assert full.bytes == 2 * half.bytes
+
+
+@given(n_query=st.integers(0, 40), before=st.integers(0, 60), window=st.none() | st.integers(1, 30),
+       chunk=st.none() | st.integers(1, 30))
+@settings(max_examples=200, deadline=None)
+def test_what_tokens_see(n_query, before, window, chunk):
+    context = before + n_query
+    seen = [{j for j in range(i + 1) if i - j < (window or 99) and (chunk is None or j // chunk == i // chunk)}
+            for i in range(before, context)]
+    assert visible(n_query, context, window, chunk) == (len(set().union(*seen)), sum(map(len, seen)))
+
+
+@pytest.mark.parametrize("see", [{}, {"window": 50}, {"chunk": 64}, {"window": 30, "chunk": 48}])
+@pytest.mark.parametrize("rows", [[(0, 1, 1)], [(0, 1, 900), (1, 2, 70)], [(0, 200, 500), (200, 201, 3000)]])
+def test_attention(rows, see):
+    n_heads, n_kv_heads, head_dim, n_tokens = 8, 2, 64, rows[-1][1]
+    q, pages = shaped(n_tokens, n_heads * head_dim), shaped(400, 16, n_kv_heads, head_dim)
+    batch = PagedBatch([PageList([])] * len(rows), None, rows, 16)
+    got = cost.attention(q, pages, pages, batch, scale=1.0, out=q, scratch=None, **see)
+    seen = [visible(end - begin, context, see.get("window"), see.get("chunk")) for begin, end, context in rows]
+    n_keys, n_pairs = (sum(column) for column in zip(*seen, strict=True))
+    assert got.bytes == 2 * 2 * head_dim * (n_tokens * n_heads + n_keys * n_kv_heads)
+    assert got.flops == 4 * n_heads * head_dim * n_pairs
+    work = paged.plan(rows, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, **see)
+    is_in_parts = any((items[:, 5] > 1).any() for items in work)
+    n_lists = 4 * (sum(items.size for items in work))
+    assert (got.extra_bytes - n_lists > 2 * 4 * n_heads * head_dim) == is_in_parts
+
+
+def test_attention_to_later_positions_counts_them():
+    """An image of 6 tokens after 4 others: each sees all 6."""
+    q, pages = shaped(10, 4 * 64), shaped(400, 16, 2, 64)
+    last_visible = np.array([0, 1, 2, 3, *6 * [9]], np.int32)
+    batch = PagedBatch([PageList([])], None, [(0, 10, 10)], 16, last_visible)
+    got = cost.attention(q, pages, pages, batch, scale=1.0, out=q)
+    assert got.flops == 4 * 4 * 64 * (1 + 2 + 3 + 4 + 6 * 10)
+
+
+def test_sampling_reads_the_logits_once_and_again():
+    logits, rows = shaped(2, 50_000, dtype=np.float32), [(SamplingParams(top_k=5), 0, 0)] * 2
+    got = cost.sample(logits, SamplingBatch.build(rows), shaped(2, dtype=np.int32), None)
+    assert logits.nbytes < got.bytes < 1.01 * logits.nbytes
+    assert 3 * logits.nbytes < got.traffic_bytes < 3.5 * logits.nbytes
+    tops = [cost.top_logprobs(logits, None, n, None, None, None, None) for n in (0, 20)]
+    assert [round(top.traffic_bytes / logits.nbytes) for top in tops] == [2, 3]
+    edits = LogitEdits.build([(SamplingParams(frequency_penalty=1.0), [], [1, 2, 3], ())] * 2)
+    assert cost.apply_edits(logits, edits) == Cost(4 + 6 * 26 + 2 * 12)
+
+
+# --- a step, op by op
+
+@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+def test_the_ops_of_a_step_do_the_work_of_its_floor(checkpoints, family):
+    """The last of a prompt's tokens, computed alone: its products and its attention are the floor's, to the operation.
+    Bytes are more by what ops hand to each other, and by norms."""
+    path, total, products = checkpoints[family], {}, ("linear", "gated_linear", "attention")
+
+    @contextmanager
+    def around(name, args, kwargs):
+        total[name] = total.get(name, Cost()) + cost.of(name, args, kwargs)
+        yield
+
+    spec, lane = describe(Config.load(path)), HostLane("cpu", traced(reference, around), np.float32)
+    with Checkpoint.open(path) as checkpoint:
+        core = Core.open(spec, EngineConfig(max_seq_len=64, max_seqs=2, max_batch_tokens=32), lane, checkpoint)
+    probe = Probe(33, 0, spec, False)
+    core.loop.submit(list(range(8, 41)), probe)
+    core.loop.step()
+    total.clear()
+    core.loop.step()
+    assert probe.is_finished
+    least = floor_parts(spec, [(1, 1, 33)], weight_bytes=4, kv_bytes=4)
+    flops = sum(part.flops for part in least.values())
+    assert sum(total[name].flops for name in products) == sum(op.flops for op in total.values()) == flops
+    q_and_out = sum(2 * 4 * layer.attention.q_width for layer in spec.layers)
+    assert total["attention"].bytes - q_and_out == least["attention"].bytes
+    n_bytes = sum(part.bytes for part in least.values())
+    assert n_bytes < sum(op.bytes for op in total.values()) < 1.5 * n_bytes
+
+
+def test_explain_says_the_least_work(llm):
+    length = llm.max_seq_len
+    least = [sum(floor_parts(llm.spec, [row], weight_bytes=4, kv_bytes=4).values(), Cost())
+             for row in ((1, 1, length), (1, length, length))]
+    for what, part in zip((f"a token after {length - 1}", f"a prompt of {length} tokens"), least, strict=True):
+        assert f"least work, {what}: {part.bytes / 1e9:.3g} GB and {part.flops / 1e9:.3g} GFLOP" in llm.explain()
+
+
+# --- roofline
+
+def test_costs_add_up():
+    assert Cost(1, 2, 3) + Cost(10, 20, 30) == Cost(11, 22, 33)
+    assert Cost(1, 2, 3).traffic_bytes == 3
+    assert Cost(2, 100, 8).intensity == 4
+    assert Cost().intensity == float("inf")
+
+
+@pytest.mark.parametrize("flops, time_s, bound", [(0, 2, "memory"), (50, 2, "memory"), (99, 3.96, "compute")])
+def test_the_higher_of_two_times_bounds(flops, time_s, bound):
+    ceilings, work = Ceilings(100, 25, "given"), Cost(200, 1000, flops)
+    assert work.time_s(ceilings) == time_s and work.bound(ceilings) == bound
