@@ -1,84 +1,242 @@
-"""Where the time goes. Each subcommand measures one thing and prints a table; --json FILE keeps everything.
+"""Where the time goes. Each command measures one thing and prints tables; --json FILE keeps everything.
 
-    python tools/bench.py engine --device cpu --against transformers
+    python tools/bench.py kernels --preset gemma-3-1b                     # each kernel beside the machine's limit
+    python tools/bench.py engine --preset gemma-3-1b --case 'decode=8*1@1024' --json after.json --html after.html
+    python tools/bench.py compare before.json after.json
+    python tools/bench.py floors --preset gemma-4-31b --bandwidth 4.3e12 --flops 790e12      # by count, no device
+    python tools/bench.py kernels --lane emulated                         # traffic counted without a GPU
 
-`engine` runs whole generations on random Gemma 3 checkpoints, beside another engine on the same files.
+`bench.py COMMAND --help` says what a command takes. Exit status: 0, 1 where a goal is missed that guards, 2 where it
+cannot run.
 """
 
 import argparse
-import getpass
+import importlib
+import json
 import shlex
+import signal
 import sys
-import tempfile
+import threading
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
-import bench_engine
-from bench_checkpoints import SHAPES
+sys.path.insert(1, str(Path(__file__).resolve().parent.parent))     # the checkout, where it is not installed
+
+from measure import tables
+from measure.cases import whole
+from measure.report import BenchError, Report
+
+from engine.backend import lane_of
+from engine.errors import RawgemError
+from engine.models.presets import PRESETS
 
 
-def shape_list(text):
-    names = text.split(",")
-    for name in names:
-        if name not in SHAPES:
-            raise argparse.ArgumentTypeError(f"unknown shape {name!r}, expected some of {','.join(SHAPES)}")
-    return names
+@dataclass(frozen=True)
+class Command:
+    """A module of tools/measure with add_arguments(parser) and run(args, report), imported when it is asked for.
+
+    takes  groups of common options: "run" (lane, repeats, seed), "preset", "ceilings", "output"
+    """
+
+    module: str
+    help: str
+    takes: tuple = ("run", "preset", "ceilings", "output")
 
 
-def whole(least):
-    """An argparse type: an int that is at least so much."""
-    def parse(text):
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number >= {least}")
-        return int(text)
-    return parse
+COMMANDS = {
+    "ceilings": Command("ceilings", "what the machine can do: copies, reads, matrix products, launches"),
+    "kernels": Command("kernels", "each kernel at real shapes, beside the limit; --lane emulated counts its traffic"),
+    "engine": Command("engine", "whole steps: first token, tokens per second, and where a step's time goes"),
+    "serve": Command("serve", "a stream of requests: latencies and goodput at each rate"),
+    "load": Command("load", "opening a checkpoint: seconds, bytes per second, peak memory"),
+    "against": Command("against", "other engines and kernels side by side, their results compared first"),
+    "floors": Command("floors", "the least a step can take, by count alone", ("preset", "ceilings", "output")),
+    "compare": Command("compare", "two --json files: what got better, what worse", ()),
+}
 
 
-def int_list(text):
-    return [whole(1)(part) for part in text.split(",")]
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Descriptions as they are written; defaults where there is one to say."""
+
+    def _get_help_string(self, action):
+        says_nothing = action.default is None or action.default is False or action.default == []
+        return action.help if says_nothing else super()._get_help_string(action)
 
 
 def key_value(text):
     key, equals, value = text.partition("=")
     if not key or not equals:
-        raise argparse.ArgumentTypeError(f"{text!r} is not key=value")
+        raise BenchError(f"{text!r} is not key=value")
     return key, value
 
 
-def build_parser():
-    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="command")
+def preset_list(text):
+    names = text.split(",")
+    for name in names:
+        if name not in PRESETS:
+            raise BenchError(f"no preset {name!r}, expected some of {','.join(PRESETS)}")
+    return names
 
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
-    common.add_argument("--metadata", type=key_value, action="append", default=[], metavar="KEY=VALUE",
-                        help="a note to keep with the figures; repeatable")
 
-    engine = commands.add_parser("engine", parents=[common], help="whole generations: load, prefill, decode, memory",
-                                 formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    engine.add_argument("--device", choices=["cpu"], default="cpu")
-    engine.add_argument("--against", choices=["transformers"], help="the engine to run beside this one")
-    engine.add_argument("--shapes", type=shape_list, default=list(SHAPES), metavar="A,B",
-                        help="of " + ", ".join(SHAPES))
-    engine.add_argument("--repeats", type=whole(1), default=5, help="samples of each measure")
-    engine.add_argument("--prefill", type=whole(1), default=512, help="tokens of the long prompt")
-    engine.add_argument("--decode", type=whole(2), default=64, help="tokens generated to time decoding")
-    engine.add_argument("--batch", type=int_list, default=[1, 8], metavar="N,M", help="batch sizes to decode at")
-    engine.add_argument("--threads", type=whole(1), default=2, help="BLAS and OpenMP threads of each side")
-    engine.add_argument("--seed", type=whole(0), default=0, help="of the random weights")
-    engine.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / f"rawgem-bench-{getpass.getuser()}",
-                        help="where checkpoints are written, and found again")
-    engine.set_defaults(run=bench_engine.run)
+def rate(text):
+    """An argparse type: a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise BenchError(f"{text!r} is not a number above 0")
+    return value
+
+
+def lane(text):
+    try:
+        lane_of(text, "auto")
+    except RawgemError:
+        raise BenchError(f"no lane {text!r}, expected cpu, emulated, cuda or cuda:N") from None
+    return text
+
+
+def add_common(parser, takes):
+    """The options that commands share."""
+    if "run" in takes:
+        parser.add_argument("--lane", type=lane, metavar="LANE",
+                            help="cpu, emulated, cuda or cuda:N (default: cuda where there is a GPU, else cpu)")
+        parser.add_argument("-r", "--repeats", type=whole(1), default=10, metavar="N", help="samples of each figure")
+        parser.add_argument("--seed", type=whole(0), default=0, metavar="N", help="of everything random")
+    if "preset" in takes:
+        parser.add_argument("--preset", type=preset_list, metavar="A,B", help="models by shape: " + ", ".join(PRESETS))
+    if "ceilings" in takes:
+        parser.add_argument("--ceilings", type=Path, metavar="FILE", help="the machine's limits from an earlier --json")
+        parser.add_argument("--bandwidth", type=rate, metavar="BYTES_PER_S", help="the limits given; needs --flops")
+        parser.add_argument("--flops", type=rate, metavar="FLOP_PER_S", help="the limits given; needs --bandwidth")
+    if "output" in takes:
+        parser.add_argument("--json", type=Path, metavar="FILE", help="write everything measured to FILE")
+        parser.add_argument("--markdown", type=Path, metavar="FILE",
+                            help='write the tables as markdown; "-" prints them instead of text')
+        parser.add_argument("--html", type=Path, metavar="FILE", help="write one self-contained page with plots")
+        parser.add_argument("--metadata", type=key_value, action="append", default=[], metavar="KEY=VALUE",
+                            help="a note to keep with the figures; repeatable")
+
+
+def build_parser(chosen=None):
+    """The parser of every command by name, and of the chosen one with its options."""
+    parser = argparse.ArgumentParser(prog="bench.py", description=__doc__, formatter_class=Help)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
+    for name, command in COMMANDS.items():
+        module = module_of(command.module) if name == chosen else None
+        sub = commands.add_parser(name, help=command.help, description=module and module.__doc__, formatter_class=Help)
+        if module:
+            add_common(sub, command.takes)
+            module.add_arguments(sub)
     return parser
 
 
-def main(argv=None):
-    args = build_parser().parse_args(argv)
+def module_of(name):
+    """tools/measure/NAME.py; what it imports and is not installed is named."""
     try:
-        args.run(args, command=shlex.join(["python", "tools/bench.py", *(sys.argv[1:] if argv is None else argv)]))
-    except bench_engine.BenchError as error:
-        sys.exit(f"bench: {error}")
+        return importlib.import_module(f"measure.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"measure.{name}":
+            raise BenchError(f"{name} needs the package {error.name!r}, which is not installed") from None
+        raise BenchError(f"{name} is not in this checkout: no tools/measure/{name}.py") from None
+
+
+def parse(argv):
+    """(Command, args) with args.lane settled. Ends the process as argparse does; raises BenchError."""
+    chosen = next((argument for argument in argv if argument in COMMANDS), None)
+    args = build_parser(chosen).parse_args(argv)
+    command = COMMANDS[args.command]
+    if "run" in command.takes:
+        args.lane = lane_of("auto", "auto") if args.lane in (None, "auto") else args.lane
+    if "ceilings" in command.takes:
+        if (args.bandwidth is None) != (args.flops is None):
+            raise BenchError("--bandwidth and --flops are given together")
+        if args.ceilings and args.bandwidth is not None:
+            raise BenchError("--ceilings FILE came with --bandwidth and --flops, expected one of the two")
+    for option in ("json", "markdown", "html"):                     # before minutes of work, not after
+        path = getattr(args, option, None)
+        if path is not None and (path.is_dir() or not path.parent.is_dir()):
+            raise BenchError(f"--{option} {path}: no file can be written there")
+    if getattr(args, "html", None):
+        module_of("page")
+    return command, args
+
+
+def report_of(args, argv):
+    """The empty Report of a run."""
+    settings = {key: value for key, value in vars(args).items()
+                if key not in ("json", "html", "markdown", "metadata", "command")}
+    kind, _, index = (getattr(args, "lane", None) or "").partition(":")
+    return Report(shlex.join(["python", "tools/bench.py", *argv]), settings, dict(args.metadata),
+                  gpu=int(index or 0) if kind == "cuda" else None)
+
+
+def measure(command, args, report):
+    """Runs the command; returns the exit status. What it measured is written however it ends."""
+    try:
+        with stoppable():
+            return module_of(command.module).run(args, report)
+    except BaseException as error:
+        report.incomplete = reason(error)
+        if not isinstance(error, (BenchError, RawgemError, KeyboardInterrupt)):
+            raise
+        print(f"bench: {report.incomplete}", file=sys.stderr)
+        return 130 if isinstance(error, KeyboardInterrupt) else 2
+    finally:
+        write(report, args)
+
+
+def reason(error):
+    """One line on why a run ended early."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or "interrupted"
+    if isinstance(error, (BenchError, RawgemError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
+
+
+@contextmanager
+def stoppable():
+    """Within it SIGTERM ends the run as Ctrl-C does, so that what was measured is still written."""
+    def stop(*_):
+        raise KeyboardInterrupt("ended by SIGTERM")
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def write(report, args):
+    """Tables to stdout, and the files that were asked for; the JSON first."""
+    document = report.as_dict()
+    if args.json:
+        args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    on_stdout = args.markdown == Path("-")
+    if report.rows or report.skipped or not report.incomplete:
+        print(tables.markdown(document) if on_stdout else tables.text(document), flush=True)
+    if args.markdown and not on_stdout:
+        args.markdown.write_text(tables.markdown(document), encoding="utf-8")
+    if args.html:
+        args.html.write_text(module_of("page").html(document), encoding="utf-8")
+
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        command, args = parse(argv)
+        if "output" not in command.takes:
+            return module_of(command.module).run(args, None)
+        return measure(command, args, report_of(args, argv))
+    except BenchError as error:
+        print(f"bench: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""The least a step can take, by count of bytes and operations alone; no device, no run.
+
+    bench.py floors --preset gemma-3-1b,gemma-4-31b --case 'decode={1,8,64}*1@{1024,32768}' \\
+        --case 'prefill={2048,8192}' --bandwidth 4.3e12 --flops 790e12 --memory-bytes 150e9
+
+time is the larger of what the memory and the arithmetic take; "of memory" and "of compute" are their shares of it, and
+the one at 100 % bounds. resident is weights and KV cache, all that must be there at once but for the workspace.
+"""
+
+from dataclasses import asdict
+
+from measure.cases import parse_cases
+from measure.report import BenchError, Goal, Row, Stat, load_document
+
+DEFAULT_CASES = ("decode={1,8,64}*1@{1024,32768}", "prefill={2048,8192,32768}")
+DEFAULT_PRESETS = ("gemma-3-1b", "gemma-4-31b")
+
+
+def add_arguments(parser):
+    parser.add_argument("--case", type=parse_cases, action="extend", metavar="CASE",
+                        help="LABEL=[N*]QUERY[@CONTEXT],...; braces make several; repeatable "
+                        f"(default: {' '.join(DEFAULT_CASES)})")
+    parser.add_argument("--weight-bits", type=int, choices=[16, 8, 4], default=16, help="of a weight")
+    parser.add_argument("--kv-bits", type=int, choices=[16, 8], default=16, help="of a cached value")
+    parser.add_argument("--memory-bytes", type=float, metavar="BYTES", help="say what does not fit")
+
+
+def run(args, report):
+    """A row for each preset and case; 0."""
+    from engine.models.presets import preset
+    ceilings = given_ceilings(args)
+    report.facts["ceilings"] = asdict(ceilings)
+    cases = args.case or [case for text in DEFAULT_CASES for case in parse_cases(text)]
+    for name in args.preset or DEFAULT_PRESETS:
+        spec = preset(name)
+        for case in cases:
+            if case.max_context > spec.max_positions:
+                report.skip(f"{name}: {case}", f"the model's max_position_embeddings is {spec.max_positions}")
+                continue
+            report.add(floor_row(name, spec, case, ceilings, args.weight_bits, args.kv_bits, args.memory_bytes))
+    return 0
+
+
+def given_ceilings(args):
+    """engine.cost.Ceilings from --bandwidth and --flops, or from the document of --ceilings."""
+    from engine.cost import Ceilings
+    if args.bandwidth is not None:
+        return Ceilings(args.bandwidth, args.flops, "given")
+    if args.ceilings is None:
+        raise BenchError("floors: nothing is measured here; give --bandwidth BYTES_PER_S and --flops FLOP_PER_S, or "
+                         "--ceilings FILE.json of an earlier run")
+    facts = load_document(args.ceilings)["facts"].get("ceilings")
+    if not isinstance(facts, dict) or not {"bytes_per_s", "flops_per_s"} <= set(facts):
+        raise BenchError(f"{args.ceilings}: facts has no ceilings; bench.py ceilings --json FILE writes them")
+    return Ceilings(facts["bytes_per_s"], facts["flops_per_s"], f"{facts.get('source', 'given')}, {args.ceilings}")
+
+
+def floor_row(name, spec, case, ceilings, weight_bits=16, kv_bits=16, memory_bytes=None):
+    """The Row of one step of one model."""
+    from engine.cost import floor
+    cost = floor(spec, case.rows, weight_bytes=weight_bits / 8, kv_bytes=kv_bits / 8)
+    time_s = cost.time_s(ceilings)
+    resident = resident_bytes(spec, case, weight_bits / 8, kv_bits / 8)
+    stats = {"bytes": Stat("bytes", cost.bytes, "lower"), "flops": Stat("flop", cost.flops, "lower"),
+             "time": Stat("s", time_s, "lower"), "rate": Stat("tokens/s", case.n_tokens / time_s, "higher"),
+             "of memory": Stat("%", 100 * cost.bytes / ceilings.bytes_per_s / time_s),
+             "of compute": Stat("%", 100 * cost.flops / ceilings.flops_per_s / time_s),
+             "resident": Stat("bytes", resident, "lower")}
+    goal = Goal("resident", at_most=memory_bytes) if memory_bytes else None
+    shape = {"case": str(case), "weight_bits": weight_bits, "kv_bits": kv_bits}
+    return Row("floors", name, shape, stats, goal=goal)
+
+
+def resident_bytes(spec, case, weight_bytes, kv_bytes):
+    """Every weight, and K and V of every position a layer can still see."""
+    from engine.kv_cache import pool_specs
+    from engine.weights import n_weights
+    kv = sum(part.n_seqs * pool.token_bytes(kv_bytes) * min(part.context, pool.window or part.context)
+             for part in case.parts for pool in pool_specs(spec))
+    return n_weights(spec) * weight_bytes + kv
