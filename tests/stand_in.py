@@ -160,6 +160,17 @@ class Event:
         if self._queue is not None:
             self._queue.run_to(self._at)
 
+    @property
+    def done(self):
+        return self._queue.n_run >= self._at
+
+
+def get_elapsed_time(start_event, end_event):
+    """A millisecond for each piece of work between."""
+    if not (start_event.done and end_event.done):
+        raise CUDARuntimeError("cudaErrorNotReady: device not ready")
+    return float(end_event._at - start_event._at)
+
 
 class MemoryPointer:
     def __init__(self, mem, offset):
@@ -170,6 +181,13 @@ class MemoryPointer:
             raise _gpu.fault(f"an asynchronous copy of {size} bytes from {mem:#x}, which is not pinned memory")
         _gpu.counts["copies in"] += 1
         _queue(stream).put(Copy(_gpu, self.ptr, mem, size))
+
+    def copy_to_host_async(self, mem, size, stream=None):
+        memory = _gpu.find("pinned", mem, size)
+        if memory is None:
+            raise _gpu.fault(f"an asynchronous copy of {size} bytes to {mem:#x}, which is not pinned memory")
+        _gpu.counts["copies out"] += 1
+        _queue(stream).put(Assign(memory.at(mem, size), self.mem.at(self.ptr, size)))
 
     def memset_async(self, value, size, stream=None):
         _queue(stream).put(Assign(self.mem.at(self.ptr, size), value))
@@ -353,7 +371,8 @@ def _modules():
         "cupy.cuda": {"Device": Device, "Stream": Stream, "Event": Event, "Graph": Graph,
                       "MemoryPointer": MemoryPointer, "PinnedMemoryPointer": PinnedMemoryPointer,
                       "MemoryPool": MemoryPool, "PinnedMemoryPool": PinnedMemoryPool,
-                      "alloc_pinned_memory": alloc_pinned_memory, "get_current_stream": get_current_stream},
+                      "alloc_pinned_memory": alloc_pinned_memory, "get_current_stream": get_current_stream,
+                      "get_elapsed_time": get_elapsed_time},
         "cupy.cuda.memory": {"OutOfMemoryError": OutOfMemoryError},
         "cupy.cuda.function": {"Module": Module, "Function": LoadedFunction},
         "cupy.cuda.runtime": runtime,
