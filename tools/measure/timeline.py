@@ -1,0 +1,181 @@
+"""The ops of one step: recorded as they are called, grouped where they are equal, and what the step's time went to.
+
+    with recording(core) as calls:
+        core.step.run(batch)
+    groups = grouped(ops_of(calls, core, batch))
+"""
+
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from engine import cost
+from engine.cost import Cost
+from engine.graph import GraphCache
+from engine.trace import traced
+
+# Rows of "where the rest goes" in the order of attribution().
+PARTS = {"floor": "weights, K and V alone at the ceilings",
+         "extra bytes": "what our kernels move besides, each at its own ceiling: activations, logits, partial sums",
+         "below roof": "kernels slower than the ceilings, each with the gap to the next of its kind",
+         "gaps": "the step's launches back to back, less each kernel among its kind: unlike neighbours",
+         "host": "outside the launches: batch, copies in, launches that no graph replays, reading tokens back"}
+AFTER_LAYERS = ("select_rows", "logit_softcap", "apply_edits", "sample", "top_logprobs")
+N_PAGES_DIMS = 4        # of K and V: pages, positions, heads, values
+ROWS_IN = {"embed": 1, "select_rows": 1}        # the argument with a row for each row of the output, else the first
+
+
+@contextmanager
+def watched(core, around):
+    """Within it every op of the core's steps runs inside around(name, args, kwargs); see engine.trace."""
+    step = core.step
+    before = step.ops, step.layers.ops
+    step.ops = step.layers.ops = traced(step.ops, around)
+    try:
+        yield
+    finally:
+        step.ops, step.layers.ops = before
+
+
+@contextmanager
+def recording(core):
+    """Yields a list that gets (name, args, kwargs) of each op of the steps run within; they run eagerly, on the inputs
+    that a graph would have. The arrays hold what the step left there until another one is staged."""
+    calls, step = [], core.step
+
+    @contextmanager
+    def around(name, args, kwargs):
+        calls.append((name, args, kwargs))
+        yield
+
+    graphs = step.graphs
+    step.graphs = GraphCache(core.lane, core.workspace.max_logit_rows, graphs.enabled)  # its first run is eager
+    try:
+        with watched(core, around):
+            yield calls
+    finally:
+        step.graphs = graphs
+
+
+@dataclass(frozen=True)
+class Op:
+    """One launch of the op table in a step.
+
+    role    which of the model's: "qkv", "head", "decode", ... or ""; "kept" is of the last layer, once it has dropped
+            the rows nobody asked for
+    kind    of attention in its layer, "local", "global" or "chunked"; "" where that makes no difference
+    launch  runs it again
+    """
+
+    name: str
+    role: str
+    kind: str
+    sizes: tuple
+    n_rows: int
+    cost: Cost
+    launch: object
+
+
+@dataclass
+class Group:
+    """Ops of a step that differ in nothing but their arrays. order: place of the first among the step's ops."""
+
+    name: str
+    order: int
+    ops: list
+
+    @property
+    def cost(self):
+        return sum((op.cost for op in self.ops), Cost())
+
+    def roof_s(self, ceilings):
+        """The least time of the work that any implementation has to do, each launch by itself."""
+        return sum(op.cost.time_s(ceilings) for op in self.ops)
+
+    def traffic_s(self, ceilings):
+        """The same of all that our kernels move."""
+        return sum(Cost(op.cost.traffic_bytes, flops=op.cost.flops).time_s(ceilings) for op in self.ops)
+
+
+def ops_of(calls, core, batch):
+    """[Op] of the recorded calls of one step over `batch`, a Batch."""
+    weights, layers = core.weights, core.spec.layers
+    matrices = {id(weights.head): ("head", None)}
+    for i, w in enumerate(weights.layers):
+        matrices |= {id(w.qkv): ("qkv", i), id(w.o): ("o", i), id(w.gate_up): ("", i), id(w.down): ("down", i)}
+    found, layer, n_attentions = [], 0, 0
+    for name, args, kwargs in calls:
+        role, has_kind, counted = "", name in ("attention", "qk_norm_rope_cache"), args
+        if name in ("linear", "gated_linear"):
+            role, of = matrices[id(args[1])]
+            has_kind, layer = of is not None, layer if of is None else of
+        if name == "attention":
+            paged = _host_rows(core, batch, n_attentions)
+            role, counted = _phase(paged), (*args[:3], paged)
+            n_attentions += 1
+        if n_attentions == len(layers) and batch.kept is not None and name not in AFTER_LAYERS and role != "head":
+            role = f"{role} kept".strip()
+        found.append(Op(name, role, _kind(layers[layer].attention) if has_kind else "", _sizes(args, kwargs),
+                        int(args[ROWS_IN.get(name, 0)].shape[0]), cost.of(name, counted, kwargs),
+                        partial(getattr(core.lane.ops, name), *args, **kwargs)))
+    assert n_attentions == len(layers)
+    return found
+
+
+def _host_rows(core, batch, i):
+    """The PagedBatch of layer i's attention, whose lengths lie on the host."""
+    pool, _ = core.kv_cache.layer_slot[i]
+    is_last = i + 1 == len(core.spec.layers)
+    return batch.kept_pool(pool) if is_last and batch.kept is not None else batch.pools[pool]
+
+
+def _phase(paged):
+    """What its rows are: all one token after a context, all whole prompts, or neither."""
+    if all(end - begin == 1 < context for begin, end, context in paged.rows):
+        return "decode"
+    return "prefill" if all(end - begin == context for begin, end, context in paged.rows) else "mixed"
+
+
+def _kind(attention):
+    if attention.chunk is not None:
+        return "chunked"
+    return "global" if attention.window is None else "local"
+
+
+def _sizes(args, kwargs):
+    """All that tells an op's launches apart but for their arrays' addresses."""
+    return (*(_size(value) for value in args), *((name, _size(value)) for name, value in sorted(kwargs.items())))
+
+
+def _size(value):
+    if hasattr(value, "shape"):
+        shape = value.shape[1:] if len(value.shape) == N_PAGES_DIMS else value.shape    # the number of pages is no size
+        return (*shape, str(value.dtype))
+    return value if isinstance(value, (int, float, str, type(None))) else type(value).__name__
+
+
+def grouped(ops):
+    """[Group] in order of first use, named "op role", with the kind of attention where the kinds differ in size."""
+    groups = {}
+    for order, op in enumerate(ops):
+        groups.setdefault((op.name, op.role, op.sizes), Group("", order, [])).ops.append(op)
+    of_role = {}
+    for (name, role, _), group in groups.items():
+        of_role.setdefault((name, role), []).append(group)
+    for (name, role), found in of_role.items():
+        for group in found:
+            kinds = {op.kind for op in group.ops}
+            kind = kinds.pop() if len(found) > 1 and len(kinds) == 1 else ""
+            group.name = " ".join(filter(None, (name, role, kind)))
+    return list(groups.values())
+
+
+def attribution(wall_s, launches_s, kernels_s, traffic_s, floor_s):
+    """{a name of PARTS: seconds} of a step's wall time, which they add up to. A part may be negative: a kernel may take
+    longer alone than among others, and the floor counts every token in the last layer.
+
+    launches_s  all launches of the step back to back; kernels_s: the sum of what each takes by itself
+    traffic_s   all that the kernels move, at the ceilings
+    """
+    return {"floor": floor_s, "extra bytes": traffic_s - floor_s, "below roof": kernels_s - traffic_s,
+            "gaps": launches_s - kernels_s, "host": wall_s - launches_s}
