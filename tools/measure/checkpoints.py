@@ -1,10 +1,8 @@
 """Random Gemma 3 text checkpoints in the released layout, to measure with: real shapes, seeded weights, no meaning.
 
-NumPy is imported where weights are made, not at the top: bench.py reads the shapes from here and has to stay small,
-because the peak memory that Linux reports for a process starts at that of the process which started it.
+NumPy is imported where weights are made: the command line reads the shapes from here.
 """
 
-import argparse
 import json
 from dataclasses import dataclass
 from math import prod
@@ -121,17 +119,3 @@ def is_written(shape, directory):
     """Whether the directory holds this shape, whole: config.json is written last and holds every size."""
     config = Path(directory) / "config.json"
     return config.is_file() and json.loads(config.read_text()) == shape.config()
-
-
-def main():
-    parser = argparse.ArgumentParser(description="write one random checkpoint, unless it is there")
-    parser.add_argument("shape", choices=SHAPES)
-    parser.add_argument("directory", type=Path)
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
-    if not is_written(SHAPES[args.shape], args.directory):
-        write_checkpoint(SHAPES[args.shape], args.directory, args.seed)
-
-
-if __name__ == "__main__":
-    main()

@@ -16,7 +16,7 @@ from measure.seats import VERIFY, WARMUPS, Needs, random_tokens, seated, step_of
 from measure.timeline import PARTS, attribution, grouped, ops_of, recording
 
 GPU_LAUNCHES = 16       # of a group in one sample: starting a graph takes some us by itself
-COLD_BYTES = 180 << 20  # of a group: with less, some of it may be in a cache when its turn comes again (an H200's L2: 60 MB)
+COLD_BYTES = 180 << 20  # of a group: with less, some may be in a cache when its turn comes again (an H200's has 60 MB)
 EMULATED_STEPS = 2      # of the loop, decoding: nothing is timed there
 
 

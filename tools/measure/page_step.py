@@ -7,7 +7,8 @@ from measure.tables import figure, number, scale_of
 from measure.timeline import PARTS
 
 MOST_LOSSES = 10
-BESIDE = {"gaps": ("gap", "gaps between kernels"), "host": ("host", "host, outside the launches")}     # of PARTS: kind, words
+# Of PARTS: {name: (kind, words)}.
+BESIDE = {"gaps": ("gap", "gaps between kernels"), "host": ("host", "host, outside the launches")}
 CASE = ("preset", "model", "layers", "case", "lane")              # of a row's shape: what says which step it is of
 KEY = ('<span class="segment-key">at the ceilings</span><span class="segment-key rest">lost</span>'
        '<span class="segment-key gap">gaps and host</span>')

@@ -1,6 +1,6 @@
-"""One side of an engine bench, in a process of its own: imports, loads and generates when asked, over a pipe.
+"""One side of a comparison, in a process of its own: imports, loads and generates when asked, over a pipe.
 
-    python tools/bench_worker.py SIDE OPTIONS_JSON
+    python tools/measure/worker.py SIDE OPTIONS_JSON
 
 The first line out is what importing took; then each line in is a request {"do": ..., ...}, each line out its answer.
 A process per side keeps import time, thread pools and peak memory apart. Both sides take and give lists of token ids.
@@ -14,8 +14,10 @@ import resource
 import sys
 import time
 import traceback
+from contextlib import suppress
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[2]
 GEMV_BYTES = 1 << 30        # a GEMV sample streams at least this much
 
 
@@ -23,7 +25,6 @@ class Rawgem:
     """This checkout's engine."""
 
     def __init__(self, options):
-        sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
         start = time.perf_counter()
         from engine import LLM, SamplingParams
         self.import_s = time.perf_counter() - start
@@ -107,7 +108,12 @@ def version(package):
 
 
 def peak_bytes():
-    """The most memory this process has held so far (ru_maxrss: KiB on Linux, bytes on macOS)."""
+    """The most memory this process has held so far. Linux counts ru_maxrss on from the process that started this one,
+    VmHWM from its own start."""
+    with suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
@@ -144,6 +150,7 @@ class Requests:
 def main():
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)                                       # what a library prints must not land among the answers
+    sys.path[0] = str(ROOT)                             # not this folder, which has an engine.py of its own
 
     def answer(value):
         print(json.dumps(value), file=answers, flush=True)
