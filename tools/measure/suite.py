@@ -1,0 +1,94 @@
+"""What a run of the test suite came to: from pytest's junit file, or, where it was killed first, from its -v log."""
+
+import re
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from measure.report import Goal, Row, Stat
+
+OUTCOMES = {"PASSED": "passed", "XPASS": "passed", "FAILED": "failed", "ERROR": "errors", "SKIPPED": "skipped",
+            "XFAIL": "skipped"}
+MOST_NAMED = 20             # failures with a note of their own
+LAST_LINES = 12             # of a failure's text
+_BEGUN = re.compile(r"^(\S+\.py::.+?)(?: (" + "|".join(OUTCOMES) + r")\b.*)?$")
+
+
+@dataclass(frozen=True)
+class Suite:
+    """counts    {"passed" | "failed" | "errors" | "skipped": n}
+    failures  ((test, the last lines of what pytest says of it), ...)
+    skipped   {why: how many tests}
+    ended     "" where the run came to its end, else what it was doing
+    """
+
+    counts: dict
+    failures: tuple
+    skipped: dict = field(default_factory=dict)
+    ended: str = ""
+
+    def row(self, name, lane, seconds):
+        """The Row of a run; a test that fails misses its goal."""
+        stats = {key: Stat("1", count, "lower" if key in ("failed", "errors") else "")
+                 for key, count in self.counts.items()}
+        stats["not passed"] = Stat("1", self.counts["failed"] + self.counts["errors"] + bool(self.ended), "lower")
+        stats["time"] = Stat("s", seconds, "lower")
+        notes = [f"{test}: {lines[-1] if lines else 'no text'}" for test, lines in self.failures[:MOST_NAMED]]
+        if len(self.failures) > MOST_NAMED:
+            notes.append(f"{len(self.failures) - MOST_NAMED} more failures")
+        notes += [f"{n} skipped: {why}" for why, n in list(self.skipped.items())[:MOST_NAMED]]
+        if self.ended:
+            notes.append(self.ended)
+        return Row("tests", name, {"lane": lane}, stats, tuple(notes), Goal("not passed", at_most=0))
+
+
+def read_suite(junit, log, has_ended=True):
+    """The Suite of a run. has_ended: False where it had to be stopped: pytest may have written a junit file even so,
+    and the test that it was in stands there among the passed."""
+    try:
+        suite = read_junit(junit)
+    except (OSError, ElementTree.ParseError):
+        return read_log(log)
+    return suite if has_ended else replace(read_log(log), failures=suite.failures, skipped=suite.skipped)
+
+
+def read_junit(path):
+    """The Suite that pytest's --junit-xml file tells."""
+    counts, failures, skipped = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0), [], Counter()
+    for case in ElementTree.parse(path).getroot().iter("testcase"):
+        kinds = {child.tag: child for child in case}
+        outcome = next((name for tag, name in (("failure", "failed"), ("error", "errors"), ("skipped", "skipped"))
+                        if tag in kinds), "passed")
+        counts[outcome] += 1
+        if outcome in ("failed", "errors"):
+            child = kinds["failure" if outcome == "failed" else "error"]
+            lines = [line for line in (child.text or child.get("message") or "").splitlines() if line.strip()]
+            failures.append((f"{case.get('classname')}::{case.get('name')}", tuple(lines[-LAST_LINES:])))
+        elif outcome == "skipped":
+            skipped[(kinds["skipped"].get("message") or "no reason").splitlines()[0]] += 1
+    return Suite(counts, tuple(failures), dict(skipped))
+
+
+def read_log(path):
+    """The Suite as far as a log of `pytest -v` tells it; the test that had begun and did not end is named."""
+    counts, failures, last = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0), [], None
+    text = Path(path).read_text(errors="replace") if Path(path).is_file() else ""
+    for line in text.splitlines():
+        if line.startswith(("====", "!!!!")) and "test session starts" not in line:
+            break                                           # what follows tells of the same tests again
+        match = _BEGUN.match(line)
+        if match is None:
+            word = line.split(" ")[0]                       # the outcome of a test that printed a line itself
+            if last is None or word not in OUTCOMES:
+                continue
+            test, outcome = last, word
+        else:
+            test, outcome = match[1], match[2]
+        last = None if outcome else test.strip()
+        if outcome:
+            counts[OUTCOMES[outcome]] += 1
+            if OUTCOMES[outcome] in ("failed", "errors"):
+                failures.append((test, ()))
+    ended = f"the run did not end; it was in {last}" if last else "the run did not end"
+    return Suite(counts, tuple(failures), ended=ended)
