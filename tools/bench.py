@@ -140,7 +140,7 @@ def module_of(name):
     except ModuleNotFoundError as error:
         if error.name != f"measure.{name}":
             raise BenchError(f"{name} needs the package {error.name!r}, which is not installed") from None
-        raise BenchError(f"{name} is not in this checkout: no tools/measure/{name}.py") from None
+        raise BenchError(f"{name} is not in this checkout: no tools/measure/{name.replace(".", "/")}.py") from None
 
 
 def parse(argv):
@@ -160,7 +160,7 @@ def parse(argv):
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise BenchError(f"--{option} {path}: no file can be written there")
     if getattr(args, "html", None):
-        module_of("page")
+        module_of("pages.page")
     return command, args
 
 
@@ -223,7 +223,7 @@ def write(report, args):
     if args.markdown and not on_stdout:
         args.markdown.write_text(tables.markdown(document), encoding="utf-8")
     if args.html:
-        args.html.write_text(module_of("page").html(document), encoding="utf-8")
+        args.html.write_text(module_of("pages.page").html(document), encoding="utf-8")
 
 
 def main(argv=None):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
-from measure.compiled import Row, check, variants
+from measure.kernel.compiled import Row, check, variants
 
 from engine.errors import ConfigError
 from engine.kernels import device

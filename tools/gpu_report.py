@@ -28,10 +28,11 @@ from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))     # the checkout, where it is not installed
 
-from measure import machine, watchdog
-from measure.gpu_parts import chosen, full_parts, quick_parts
-from measure.parts import Runner, as_markdown, last_line, why_incomplete
+from measure import machine
 from measure.report import BenchError, Report
+from measure.runs import watchdog
+from measure.runs.gpu_parts import chosen, full_parts, quick_parts
+from measure.runs.parts import Runner, as_markdown, last_line, why_incomplete
 from measure.tables import aligned, text
 
 LIMIT_S = 540.0

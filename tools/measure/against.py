@@ -14,8 +14,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from measure.cases import int_list, parse_cases, whole
-from measure.checkpoints import SHAPES
 from measure.models import add_model_arguments
+from measure.peer.checkpoints import SHAPES
 from measure.report import BenchError
 
 PEERS = ("transformers", "torch", "compiled", "sdpa", "flex", "flashinfer", "triton")
@@ -82,18 +82,18 @@ def beside_transformers(args, report):
         if not is_installed(package):
             report.skip("transformers", f"{package} is not installed; the extra `parity` brings it")
             return True
-    from measure import against_cpu
+    from measure.peer import against_cpu
     return against_cpu.run(args, report) == 0
 
 
 def in_one_process(args, names, report):
     """Kernels and whole models on one lane; whether all outputs agree."""
     from engine.backend import open_lane
-    from measure.against_kernels import measure_kernels
-    from measure.against_model import check_cases, measure_models
-    from measure.kernel_cases import cases_of
-    from measure.peer_models import model_peers
-    from measure.peers import kernel_peers
+    from measure.kernel.kernel_cases import cases_of
+    from measure.peer.against_kernels import measure_kernels
+    from measure.peer.against_model import check_cases, measure_models
+    from measure.peer.peer_models import model_peers
+    from measure.peer.peers import kernel_peers
     wants_kernels, wants_models = args.op or not (args.case or args.model), args.case or args.model or not args.op
     args.case = args.case or [case for text in CASES for case in parse_cases(text)]
     check_cases(args.case)

@@ -16,8 +16,8 @@ from engine.kernels import ceilings as kernels
 from engine.kernels import cublas
 from engine.roofline import Ceilings
 from measure.clock import clock_of
-from measure.kernel_cases import KernelCase
-from measure.kernel_inputs import Data
+from measure.kernel.kernel_cases import KernelCase
+from measure.kernel.kernel_inputs import Data
 from measure.report import BenchError, Row, Stat
 
 GPU_BYTES, CPU_BYTES = 8 << 30, 512 << 20       # far beyond any cache

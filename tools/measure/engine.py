@@ -25,11 +25,11 @@ from engine.errors import MemoryPlanError
 from engine.weights import n_weights
 from measure.cases import parse_cases, whole
 from measure.ceilings import ceilings_of
-from measure.engine_case import EMULATED_STEPS, EngineCase
 from measure.models import add_model_arguments, models_of
-from measure.ranges import marked
 from measure.report import BenchError
-from measure.seats import WARMUPS, Needs, open_core
+from measure.step.engine_case import EMULATED_STEPS, EngineCase
+from measure.step.ranges import marked
+from measure.step.seats import WARMUPS, Needs, open_core
 
 GPU_CASES = ("prefill=8192", "decode={1,8,64}*1@1024", "decode=8*1@32768", "verify=16*5@4096", "mix=2048,16*1@4096")
 CPU_CASES = ("prefill=512", "decode={1,8}*1@512", "mix=128,4*1@512")

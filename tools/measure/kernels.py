@@ -7,7 +7,7 @@ a launch finds nothing of its own in a cache ("warm" says where the sets are too
 one launch among many in a CUDA graph, with the gap to the next. bytes and flops are what any implementation must move
 and compute; percent_of_roof is the time they take at the ceilings, over the measured time.
 
-With --lane emulated nothing is timed: what kernels move is counted, see tools/measure/traffic.py.
+With --lane emulated nothing is timed: what kernels move is counted, see tools/measure/kernel/traffic.py.
 """
 
 import numpy as np
@@ -17,9 +17,9 @@ from engine.errors import KernelError, MemoryPlanError, ShapeError
 from measure.cases import int_list
 from measure.ceilings import ceilings_of
 from measure.clock import clock_of
-from measure.goals import goal_of
-from measure.kernel_cases import OPS, cases_of
-from measure.kernel_inputs import Data
+from measure.kernel.goals import goal_of
+from measure.kernel.kernel_cases import OPS, cases_of
+from measure.kernel.kernel_inputs import Data
 from measure.report import BenchError, Row, Stat
 
 GPU = {"preset": ["gemma-3-1b", "gemma-4-31b"], "n_tokens": [1, 16, 64, 8192], "context": [1024, 32768],
@@ -58,7 +58,7 @@ def run(args, report):
     """A row a case. 1 where an output is not its twin's, or on the emulated lane where a count is above its bound."""
     lane = open_lane(args.lane, "auto")
     if lane.name == "emulated":
-        from measure import traffic
+        from measure.kernel import traffic
         return traffic.run(args, report, lane)
     default = GPU if lane.name == "cuda" else CPU
     cases = cases_of(args.preset or default["preset"], args.n_tokens or default["n_tokens"],

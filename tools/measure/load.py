@@ -18,8 +18,8 @@ from pathlib import Path
 from measure import loading
 from measure.checkpoint_files import SHARD_BYTES, written
 from measure.models import add_model_arguments, models_of
+from measure.peer.turns import compared
 from measure.report import BenchError, Goal, Row, Stat
-from measure.turns import compared
 
 FOLDER = Path(tempfile.gettempdir()) / f"rawgem-bench-{getpass.getuser()}"
 LIMIT_S = 300               # of one sample: one that hangs must end

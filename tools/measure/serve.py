@@ -12,12 +12,12 @@ steady state: from the end of the first request to the last arrival. goodput is 
 import gc
 import math
 
-from measure.arrivals import draw_requests, longest
 from measure.cases import whole
 from measure.models import add_model_arguments, models_of
-from measure.playing import play
 from measure.report import BenchError, Row
-from measure.serving import stats_of, stats_over
+from measure.requests.arrivals import draw_requests, longest
+from measure.requests.playing import play
+from measure.requests.serving import stats_of, stats_over
 
 # The server scenario of MLPerf Inference's Llama 2 70B: time to first token, and per token after it.
 SLO_TTFT_S, SLO_TPOT_S = 2.0, 0.2

@@ -1,0 +1,207 @@
+"""bench.py against --lane cpu --peer transformers: checkpoints, arithmetic, goals, the run; no figure is measured."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import bench
+import ml_dtypes
+import numpy as np
+import pytest
+from measure import against
+from measure.peer import against_cpu, checkpoints
+from measure.peer.against_cpu import Samples
+from measure.peer.checkpoints import SHAPES, Shape
+from measure.report import BenchError, load_document, rows_of
+from safetensors.numpy import load_file
+
+TESTS = Path(__file__).resolve().parents[1]
+MINI = Shape("mini", hidden=16, layers=7, heads=2, kv_heads=1, head_dim=8, intermediate=24, vocab=32,
+             window=4, pattern=3)
+
+
+# --- checkpoints
+
+def test_270m_has_the_published_size():
+    assert SHAPES["270m"].weight_bytes() == 4 * 268_098_176        # as published
+    norms = 18 * (4 * 640 + 2 * 256) + 640
+    assert SHAPES["270m"].token_bytes() == 4 * (268_098_176 - norms)
+
+
+def test_kv_bytes_keep_one_window_in_sliding_layers():
+    one = 2 * 1 * 8 * 4                                             # k and v, one head of 8, float32
+    assert MINI.kv_bytes(3) == 7 * 3 * one
+    assert MINI.kv_bytes(10) == (2 * 10 + 5 * 4) * one              # layers 2 and 5 are global
+
+
+def test_config_has_the_keys_of_a_released_file():
+    released = json.loads((TESTS / "goldens/gemma3-text/checkpoint/config.json").read_text())
+    assert set(MINI.config()) == set(released) - {"initializer_range", "transformers_version"}
+
+
+def test_written_checkpoint_holds_every_tensor_in_bfloat16(tmp_path):
+    checkpoints.write_checkpoint(MINI, tmp_path, seed=3)
+    released = load_file(TESTS / "goldens/gemma3-text/checkpoint/model.safetensors")
+    weights = load_file(tmp_path / "model.safetensors")
+    assert set(weights) == set(released)                            # seven layers there too
+    assert {name: value.shape for name, value in weights.items()} == MINI.tensors()
+    assert {value.dtype for value in weights.values()} == {np.dtype(ml_dtypes.bfloat16)}
+    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, 106]
+
+
+def test_weights_depend_on_the_seed_alone():
+    first, again, other = (checkpoints.random_weights(MINI, seed) for seed in (3, 3, 4))
+    assert all(np.array_equal(first[name], again[name]) for name in first)
+    assert not any(np.array_equal(first[name], other[name]) for name in first)
+    embedding = first["model.embed_tokens.weight"].astype(np.float32)
+    assert embedding.std() * 16 ** 0.5 == pytest.approx(1, abs=0.1)
+
+
+def test_a_checkpoint_is_reused_only_when_it_is_whole_and_this_shape(tmp_path):
+    assert not checkpoints.is_written(MINI, tmp_path / "nowhere")
+    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
+    assert checkpoints.is_written(MINI, tmp_path)
+    assert not checkpoints.is_written(SHAPES["tiny"], tmp_path)
+    written = (tmp_path / "model.safetensors").stat().st_mtime_ns
+    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
+    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
+    (tmp_path / "config.json").unlink()                             # as an interrupted write leaves it
+    assert not checkpoints.is_written(MINI, tmp_path)
+
+
+# --- arithmetic
+
+@pytest.mark.parametrize("shape, measure, stat, bound", [
+    ("tiny", "decode, batch 1", "ratio", (4.0, None)), ("small", "decode, batch 1", "ratio", (2.5, None)),
+    ("270m", "decode, batch 1", "ratio", (1.2, None)), ("tiny", "decode, batch 8", "ratio", (1.0, None)),
+    ("tiny", "prefill", "ratio", (1.0, None)), ("small", "load, fresh process", "ratio", (1.0, None)),
+    ("270m", "load, again", "ratio", (1.0, None)), ("tiny", "import", "ours", (None, 0.3)),
+    ("270m", "peak over weights + KV", "ours", (None, 1.15)), ("270m", "of the GEMV rate", "ours", (85.0, None)),
+])
+def test_goals(shape, measure, stat, bound):
+    goal = against_cpu.goal_of(shape, measure)
+    assert (goal.stat, (goal.at_least, goal.at_most)) == (stat, bound)
+
+
+@pytest.mark.parametrize("shape, measure", [("tiny", "peak over weights + KV"), ("small", "of the GEMV rate"),
+                                            ("270m", "import to first token"), ("mini", "decode, batch 1")])
+def test_what_has_no_goal(shape, measure):
+    assert against_cpu.goal_of(shape, measure) is None
+
+
+def test_agreement_counts_leading_tokens():
+    assert against_cpu.agreement([[1, 2, 3], [4, 5, 6]], [[1, 2, 3], [4, 0, 6]]) == [3, 1]
+
+
+def test_prompts_are_new_each_repeat_and_the_same_each_run():
+    first, again, other = (against_cpu.random_prompts(MINI, 3, 20, seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert [len(prompt) for prompt in first] == [20, 20, 20]
+    assert {token for prompt in first for token in prompt} <= set(range(3, 32))
+
+
+def test_rows_carry_units_shares_and_notes():
+    samples = Samples()
+    for side, factor in (("rawgem", 1), ("transformers", 4)):
+        for name in ("import", "load, fresh process", "load, again", "import to first token", "prefill"):
+            samples.add(name, side, 0.5 * factor)
+        for name in ("memory after import", "peak memory"):
+            samples.add(name, side, 3e6 * factor)
+        samples.add("decode, batch 1", side, 0.002 * factor)
+    for rate in (1e9, 2e9):
+        samples.add("gemv", "gemv", rate)
+    samples.add("gemv, square", "gemv", 4e9)
+    facts = {"token_bytes": 1_000_000, "floor_bytes": 2_000_000, "agree": {1: [16]}, "agree_of": 16}
+    rows = {row.name: row for row in against_cpu.rows_of(SHAPES["tiny"], samples, facts, Namespace(batch=[1]))}
+    ours = {name: (row.stats["ours"].median, row.stats["ours"].unit) for name, row in rows.items()}
+    assert ours["import"] == ours["prefill"] == (0.5, "s")
+    assert ours["decode, batch 1"] == (0.002, "s")
+    assert ours["of the GEMV rate"] == (pytest.approx(25), "%")                 # 1 MB in 2 ms, of the best, 2 GB/s
+    assert ours["of square GEMV's rate"] == (pytest.approx(12.5), "%")
+    assert ours["peak memory"] == (3e6, "bytes")
+    assert ours["peak over weights + KV"] == (1.5, "x")
+    assert {row.stats["ratio"].median for row in rows.values()} == {4.0}        # whether less or more is better
+    assert rows["decode, batch 1"].notes == ("equal greedy tokens, of 16 a row: 16",)
+    assert rows["of the GEMV rate"].notes == ("GEMV in NumPy, best: 2.0 GB/s",)
+
+
+# --- the run
+
+class StandIn:
+    """Answers like a worker: rawgem takes 1 ms a token, transformers 5; in a batch, the last row parts at token 9."""
+
+    def __init__(self, side, options):
+        self.side, self.scale = side, {"rawgem": 0.001, "transformers": 0.005}.get(side)
+        self.hello = {"import_s": 100 * self.scale if self.scale else 0, "import_bytes": 1e7, "versions": {side: "1.0"}}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        pass
+
+    def ask(self, do, prompts=(), n_tokens=0, path=None, matrices=()):
+        if do == "generate":
+            rows = [[7] * n_tokens for _ in prompts]
+            if self.side == "transformers" and n_tokens > 8 and len(rows) > 1:
+                rows[-1][8] = 6
+            return {"seconds": self.scale * (len(prompts[0]) + n_tokens), "token_ids": rows}
+        return {"load": {"seconds": self.scale}, "peak": {"bytes": 5e7}, "gemv": {"bytes_per_s": 2e10}}[do]
+
+
+def test_run_measures_every_shape_and_writes_json(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(against_cpu, "Worker", StandIn)
+    monkeypatch.setattr(against, "is_installed", lambda package: True)
+    status = bench.main(["against", "--lane", "cpu", "--peer", "transformers", "--shapes", "tiny", "-r", "3", "--batch",
+                         "1,8", "--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "out.json")])
+    assert status == 0
+    document = load_document(tmp_path / "out.json")
+    rows = {row.name: row for row in rows_of(document)}
+    decode = rows["decode, batch 1"]
+    assert decode.shape == {"model": "tiny", "peer": "transformers"}
+    assert decode.stats["ours"].samples == pytest.approx([0.001] * 3)       # (80 - 17) ms over 63 tokens
+    assert decode.stats["ratio"].median == pytest.approx(5.0)
+    assert decode.stats["by_round"].samples == pytest.approx([5.0, 5.0, 5.0])
+    assert decode.is_met and decode.goal.at_least == 4
+    assert rows["decode, batch 8"].notes == ("equal greedy tokens, of 16 a row: 16, 16, 16, 16, 16, 16, 16, 8",)
+    assert document["facts"]["models"]["tiny"]["agree"] == {"1": [16], "8": [16] * 7 + [8]}
+    assert document["versions"]["transformers"] == "1.0"
+    assert "decode, batch 1" in capsys.readouterr().out
+
+
+def test_without_transformers_it_is_skipped_by_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(against, "is_installed", lambda package: package != "torch")
+    assert bench.main(["against", "--lane", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    document = load_document(tmp_path / "out.json")
+    assert document["rows"] == []
+    assert document["skipped"] == [{"what": "transformers",
+                                    "why": "torch is not installed; the extra `parity` brings it"}]
+
+
+# --- the worker, over its real pipe
+
+def test_a_worker_answers_fails_loudly_and_ends():
+    with against_cpu.Worker("gemv", {"threads": 1}) as worker:
+        assert worker.hello["versions"] == {"numpy": np.__version__}
+        assert worker.hello["import_bytes"] > 1e6
+        assert worker.ask("gemv", matrices=[[64, 32], [32, 64]])["bytes_per_s"] > 0
+        with pytest.raises(BenchError, match=r"(?s)the gemv worker failed.*no_such_request"):
+            worker.ask("no_such_request")
+        with pytest.raises(BenchError, match="the gemv worker ended"):
+            worker.ask("peak")
+    assert worker.process.returncode is not None
+
+
+def test_a_worker_counts_its_own_memory_only():
+    """As large as this process is made, a worker that it starts says what it holds itself."""
+    held = np.ones(1 << 26)                                         # 512 MB
+    with against_cpu.Worker("gemv", {"threads": 1}) as worker:
+        assert worker.hello["import_bytes"] < held.nbytes
+
+
+def test_the_engines_worker_generates(tmp_path):
+    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
+    with against_cpu.Worker("rawgem", {"device": "cpu", "threads": 1, "max_seqs": 2, "max_seq_len": 20}) as worker:
+        worker.ask("load", path=str(tmp_path))
+        answer = worker.ask("generate", prompts=[[3, 4, 5], [6, 7, 8]], n_tokens=4)
+    assert [len(row) for row in answer["token_ids"]] == [4, 4]

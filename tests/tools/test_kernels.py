@@ -1,0 +1,251 @@
+"""bench.py kernels and ceilings: figures follow from times and costs, wrong kernels are not timed, counts are held."""
+
+import json
+from argparse import Namespace
+
+import bench
+import ml_dtypes
+import numpy as np
+import pytest
+from measure import ceilings, kernels
+from measure.ceilings import ceilings_of
+from measure.kernel import compiled, goals, kernel_cases, traffic
+from measure.kernel.kernel_cases import KernelCase, cases_of
+from measure.report import BenchError, Goal, Report
+
+from engine import cuda_lane
+from engine.backend import HostLane, open_lane
+from engine.cuda_lane import CudaLane
+from engine.errors import ConfigError
+from engine.kernels import ops
+from engine.kernels.resources import Resources
+from engine.models import describe
+from engine.roofline import Ceilings, Cost
+from loaders.config import Config
+from tests import tiny
+
+BF16 = np.dtype(ml_dtypes.bfloat16)
+H200 = Ceilings(4.3e12, 790e12, "given")
+
+
+@pytest.fixture
+def tiny_preset(monkeypatch):
+    spec = describe(Config(tiny.flat("gemma4")))
+    monkeypatch.setattr(kernel_cases, "preset", lambda name: spec)
+
+
+def arguments(**changed):
+    return Namespace(**{"lane": "cpu", "preset": ["tiny"], "op": None, "n_tokens": [1, 20], "context": [40],
+                        "batch": [1, 3], "sets": None, "repeats": 2, "seed": 0, "bandwidth": 1e9, "flops": 1e10,
+                        "ceilings": None, **changed})
+
+
+def document_of(tmp_path, *options):
+    path = tmp_path / "document.json"
+    status = bench.main([*options, "--json", str(path)])
+    return status, json.loads(path.read_text())
+
+
+# --- kernels
+
+def test_a_document_of_kernels(tmp_path, capsys):
+    status, document = document_of(
+        tmp_path, "kernels", "--lane", "cpu", "--preset", "gemma-3-270m", "--op", "rms_norm,select_rows,rope_angles",
+        "--n-tokens", "1,3", "--batch", "2", "-r", "3", "--sets", "2", "--bandwidth", "1e9", "--flops", "1e10")
+    assert status == 0 and not document["skipped"]
+    assert [(row["name"], row["shape"]["n_tokens"]) for row in document["rows"]] == [
+        ("rms_norm", 1), ("rms_norm", 3), ("rope_angles", 1), ("rope_angles", 3), ("select_rows", 2)]
+    for row in document["rows"]:
+        stats = row["stats"]
+        time_s, n_bytes = stats["time"]["median"], stats["bytes"]["median"]
+        assert len(stats["time"]["samples"]) == 3 and row["notes"] == ["warm: all sets together fit a cache"]
+        assert stats["bytes_per_s"]["median"] == pytest.approx(n_bytes / time_s)
+        assert stats["percent_of_roof"]["median"] == pytest.approx(100 * n_bytes / 1e9 / time_s)
+        assert "flops_per_s" not in stats                   # these compute nothing
+    assert document["rows"][1]["stats"]["bytes"]["median"] == 4 * (2 * 3 + 1) * 640
+    assert "rope_angles" in capsys.readouterr().out
+
+
+def test_figures_of_a_launch():
+    stats = kernels.stats_of(Cost(2e6, 5e6, 8e9), [0.001, 0.002, 0.004], Ceilings(1e10, 1e13, "given"))
+    assert stats["percent_of_roof"].samples == (80, 40, 20)             # bound by the 0.8 ms of its operations
+    assert stats["bytes_per_s"].median == 1e9 and stats["flops_per_s"].median == 4e12
+    assert stats["bytes"].median == 2e6                                 # what any implementation moves
+
+
+def test_a_wrong_kernel_is_not_timed_and_the_others_are(tiny_preset, monkeypatch, capsys):
+    class Broken:
+        def __getattr__(self, name):
+            return {"rms_norm": lambda *_: None}.get(name) or getattr(ops, name)
+    monkeypatch.setattr(kernels, "open_lane", lambda *_: HostLane("cpu", Broken(), BF16))
+    report = Report()
+    assert kernels.run(arguments(op=["rms_norm", "add_norm"], n_tokens=[2]), report) == 1
+    add, rms = report.rows
+    assert "time" in add.stats and add.notes == ("warm: all sets together fit a cache",)
+    assert not rms.stats and rms.notes[0].startswith("not timed: tiny rms_norm (preset=tiny, n_tokens=2, size=32): ")
+
+
+def test_what_has_no_room_is_skipped(tiny_preset, monkeypatch, gpu):
+    lane = CudaLane(0, ops, BF16)
+    monkeypatch.setattr(kernels, "open_lane", lambda *_: lane)
+    monkeypatch.setattr(kernels, "cases_of", lambda *_: [
+        KernelCase("embed", "", "tiny", {"n_tokens": 2, "vocab": vocab, "hidden": 256}) for vocab in (1 << 20, 64)])
+    report = Report()
+    assert kernels.run(arguments(lane="cuda"), report) == 0
+    assert [row.shape["size"] for row in report.rows] == ["64 x 256"]
+    assert report.skipped[0]["what"] == "tiny embed (preset=tiny, n_tokens=2, size=1048576 x 256)"
+    assert "no room left" in report.skipped[0]["why"]
+
+
+def test_short_kernels_are_timed_many_at_a_time(tiny_preset, monkeypatch, gpu):
+    lane = CudaLane(0, ops, BF16)
+    monkeypatch.setattr(kernels, "open_lane", lambda *_: lane)
+    report = Report()
+    assert kernels.run(arguments(lane="cuda", op=["rms_norm"], n_tokens=[1], sets=3), report) == 0
+    assert report.rows[0].stats["time"].samples == pytest.approx((0.001, 0.001))    # 1 ms a launch on the stand-in
+    assert gpu.counts["launches"] == 1 + 2 * 3 * (int(kernels.SAMPLE_S / (3 * kernels.LAUNCH_S)) + 1)
+
+
+def test_options_that_cannot_be(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["kernels", "--op", "gemm"])
+    assert "no op 'gemm', expected some of linear,gated_linear," in capsys.readouterr().err
+
+
+# --- goals
+
+@pytest.mark.parametrize("op, sizes, goal", [
+    ("linear", {"n_tokens": 1, "n_in": 5376, "n_out": 16384}, Goal("percent_of_roof", at_least=93)),
+    ("linear", {"n_tokens": 64, "n_in": 5376, "n_out": 16384}, Goal("percent_of_roof", at_least=90)),
+    ("gated_linear", {"n_tokens": 16, "n_in": 5376, "intermediate": 21504}, Goal("percent_of_roof", at_least=93)),
+    ("linear", {"n_tokens": 1, "n_in": 1152, "n_out": 1536}, None),
+    ("linear", {"n_tokens": 2048, "n_in": 5376, "n_out": 16384}, None),
+    ("add_norm", {"n_tokens": 8192, "hidden": 5376}, Goal("percent_of_roof", at_least=85)),
+    ("attention", {"rows": [(64, 1, 1024)], "head_dim": 256, "window": 1024}, Goal("percent_of_roof", at_least=90)),
+    ("attention", {"rows": [(64, 1, 1024)], "head_dim": 256, "window": None}, None),
+    ("attention", {"rows": [(1, 8192, 8192)], "head_dim": 512, "window": None}, Goal("flops_per_s", at_least=450e12)),
+    ("sample", {"n_rows": 1, "vocab": 262144, "top_k": 64}, Goal("time", at_most=20e-6)),
+    ("sample", {"n_rows": 1, "vocab": 262144, "top_k": 0}, None)])
+def test_goals(op, sizes, goal):
+    case = KernelCase(op, "", "any", sizes)
+    assert goals.goal_of(case, H200) == goal
+    slower = goals.goal_of(case, Ceilings(3e12, 790e12, "given"))
+    assert slower == (goal if goal and goal.stat == "percent_of_roof" else None)
+
+
+def test_goals_are_for_shapes_that_are_measured():
+    cases = cases_of(["gemma-3-12b", "gemma-3-27b", "gemma-4-31b"], [1, 16, 64, 8192, 32768], [1024, 32768], [1, 8, 64])
+    for which, is_for, goal, _ in goals.GOALS:
+        assert any(case.op in which and is_for(case.sizes) for case in cases), (which, goal)
+
+
+# --- counted, not timed
+
+def test_traffic_is_counted_and_held(tiny_preset, monkeypatch):
+    report, args = Report(), arguments(lane="emulated", op=["linear", "rms_norm", "embed"], n_tokens=[5], batch=[1])
+    assert traffic.run(args, report, open_lane("emulated", "auto")) == 0
+    rows = {row.name: row for row in report.rows if row.section == "traffic"}
+    assert list(rows) == ["linear qkv local", "linear o local", "linear qkv global", "linear o global", "linear down",
+                          "linear head", "rms_norm", "embed"]
+    norm = {name: stat.median for name, stat in rows["rms_norm"].stats.items()}
+    assert norm["cost"] == norm["distinct"] == 2 * (2 * 5 + 1) * 32 and norm["moved / cost"] == 1
+    assert norm["small rereads"] == 4 * 2 * 32              # five rows read the weight
+    assert all(row.is_met for row in rows.values())
+    monkeypatch.setattr(traffic, "SLACK", 0.9)
+    assert traffic.run(args, Report(), open_lane("emulated", "auto")) == 1
+
+
+def test_what_may_move_more_says_why():
+    def bound(op, cost=1000, **sizes):
+        return traffic.bound(KernelCase(op, "", "any", sizes), cost)
+    assert bound("rms_norm", n_tokens=64, hidden=64) == (1.1, [])
+    assert bound("linear", n_tokens=1, n_in=5376, n_out=256) == (1.1, [])
+    cost = 2 * 5376 * (256 + 64)
+    most, notes = bound("linear", cost, n_tokens=64, n_in=5376, n_out=256)      # two tiles of 128 rows
+    assert most == pytest.approx(1.1 * (cost + 2 * 64 * 5376) / cost) and "anew" in notes[0]
+    for op, sizes in (("attention", {"rows": [(1, 64, 64)]}), ("apply_edits", {}), ("sample", {}),
+                      ("top_logprobs", {})):
+        most, notes = bound(op, **sizes)
+        assert most is None and notes
+
+
+def test_slices_keep_rows_whole():
+    for case in traffic.sliced(cases_of(["gemma-4-31b"], [1, 64], [1024], [1])):
+        s = case.sizes
+        assert s.get("n_in", 5376) in (5376, 8192, 16384, 21504) and s.get("hidden", 5376) == 5376
+        assert s.get("head_dim", 256) in (256, 512) and s.get("n_kv_heads", 0) <= 4
+        if case.op == "attention":
+            assert s["n_heads"] // s["n_kv_heads"] == {256: 2, 512: 8}[s["head_dim"]]
+
+
+def test_resources_of_every_architecture(monkeypatch):
+    build = ceilings.kernels.COPY(**ceilings.kernels.CONSTANTS)
+    spills = Resources(32, spill_stores=8, spill_loads=4)
+    monkeypatch.setattr(traffic.device, "nvrtc", lambda: None)
+    monkeypatch.setattr(traffic.compiled, "check", lambda built, arches, n_workers: [
+        compiled.Row("ceilings.cu", repr(build), arch, 256, 0, spills if arch == "sm_80" else Resources(32))
+        for arch in arches])
+    rows = list(traffic.resources([(build, 256, 0)], Report()))
+    assert [(row.name, row.shape["arch"], row.is_met) for row in rows] == [
+        ("copy", "sm_80", False), ("copy", "sm_90a", True), ("copy", "sm_100a", True)]
+    assert rows[0].stats["spills"].median == 12 and rows[0].notes == ("spills 8 + 4 bytes",)
+    assert rows[1].stats["blocks an SM"].median == 8 and rows[1].stats["warps an SM"].median == 64
+
+
+def test_no_compiler_is_no_failure(monkeypatch):
+    def missing():
+        raise ConfigError("NVRTC was not found")
+    monkeypatch.setattr(traffic.device, "nvrtc", missing)
+    report = Report()
+    assert list(traffic.resources([], report)) == []
+    assert report.skipped == [{"what": "registers, spills and occupancy", "why": "NVRTC was not found"}]
+
+
+# --- ceilings
+
+def test_a_document_of_a_cpus_ceilings(tmp_path):
+    status, document = document_of(tmp_path, "ceilings", "--lane", "cpu", "--bytes", "65536", "--size", "32", "-r", "2")
+    assert status == 0
+    rates = {row["name"]: row["stats"]["rate"] for row in document["rows"]}
+    assert {name: rate["unit"] for name, rate in rates.items()} == {
+        "copy": "bytes/s", "read, sum": "bytes/s", "read, GEMV": "bytes/s", "matrix product, SGEMM": "flop/s"}
+    assert document["facts"]["ceilings"] == {
+        "bytes_per_s": max(rates["read, sum"]["median"], rates["read, GEMV"]["median"]),
+        "flops_per_s": rates["matrix product, SGEMM"]["median"], "source": "measured"}
+
+
+def test_the_emulated_lane_has_none(capsys):
+    assert bench.main(["ceilings", "--lane", "emulated"]) == 2
+    assert "the emulated lane has no clock; bench.py kernels --lane emulated counts" in capsys.readouterr().err
+    assert ceilings_of(arguments(bandwidth=None), HostLane("emulated", ops, BF16), Report()) is None
+
+
+def test_given_ceilings_are_not_measured():
+    report = Report()
+    assert ceilings_of(arguments(), HostLane("emulated", ops, BF16), report) == Ceilings(1e9, 1e10, "given")
+    assert report.facts["ceilings"] == {"bytes_per_s": 1e9, "flops_per_s": 1e10, "source": "given"} and not report.rows
+
+
+def test_a_gpus_ceilings(gpu, monkeypatch):
+    """On the stand-in, which has no cuBLAS and no copy by the driver: those are skipped, the rest is measured."""
+    monkeypatch.setattr(cuda_lane, "LOADING_BYTES", 1 << 16)
+    monkeypatch.setattr(ceilings, "NODES", 11)
+    lane, report = CudaLane(0, ops, BF16), Report()
+    ceilings.Gpu(lane, arguments(bytes=1 << 18, size=64), report).measure()
+    rows = {row.name: row for row in report.rows}
+    assert list(rows) == ["read, few blocks", "read, many blocks", "copy, our kernel", "write, memset",
+                          "matrix product, our kernel", "pinned to GPU", "GPU to pinned",
+                          "gap between nodes of a graph", "gap between eager launches", "host time of a launch"]
+    assert {skipped["what"] for skipped in report.skipped} == {"copy, the driver's", "matrix product by cuBLAS"}
+    assert rows["read, few blocks"].stats["rate"].median == pytest.approx((1 << 18) / 0.001)
+    assert rows["gap between nodes of a graph"].stats["time"].median == pytest.approx(0.001)
+    found = ceilings._found(report, lane)
+    assert found == Ceilings((1 << 18) / 0.001, rows["matrix product, our kernel"].stats["rate"].median, "measured")
+
+
+def test_a_machine_without_a_product_has_no_ceilings(gpu, monkeypatch):
+    monkeypatch.setattr(cuda_lane, "LOADING_BYTES", 1 << 16)
+    lane, args = CudaLane(0, ops, BF16), arguments(bandwidth=None, bytes=1 << 16, size=64)
+    monkeypatch.setattr(ceilings.KernelCase, "prepare", lambda *_: 1 / 0)
+    with pytest.raises(BenchError, match="no matrix product ran on cuda: matrix products: ZeroDivisionError"):
+        ceilings_of(args, lane, Report())

@@ -1,0 +1,235 @@
+"""The ops of a step at the shapes of released models, with inputs to run them on: what is timed, counted and checked.
+
+    with Data(lane, rng) as data:
+        prepared = case.prepare(lane, rng, n_sets=3, data=data)
+        prepared.check()
+        clock.samples(prepared.launches, 30)
+"""
+
+from dataclasses import dataclass, field
+from functools import partial
+from types import SimpleNamespace
+
+from engine import cost, reference
+from engine.models.presets import preset
+from engine.models.spec import DenseSpec
+from engine.workspace import ropes
+from measure.kernel.kernel_inputs import EXACT, Data, n_unwritten, poison
+from measure.kernel.op_attention import Attention, QkNormRopeCache, RopeAngles
+from measure.kernel.op_logits import ApplyEdits, LogitSoftcap, Sample, TopLogprobs
+from measure.kernel.op_rows import AddNorm, Embed, GatedLinear, Linear, RmsNorm, SelectRows
+from measure.report import BenchError
+
+OPS = {"linear": Linear(), "gated_linear": GatedLinear(), "attention": Attention(),
+       "qk_norm_rope_cache": QkNormRopeCache(), "add_norm": AddNorm(), "rms_norm": RmsNorm(),
+       "rope_angles": RopeAngles(), "embed": Embed(), "select_rows": SelectRows(), "logit_softcap": LogitSoftcap(),
+       "apply_edits": ApplyEdits(), "sample": Sample(), "top_logprobs": TopLogprobs()}
+# A launch is cold when so much was touched since its set's last turn: three times the 60 MB of an H200's L2 cache.
+COLD_BYTES = 180 << 20
+LEAST_SETS, MOST_SETS = 3, 64       # more of small sets would measure how long arrays take to make
+LARGE_BYTES = 500 << 20             # of one set: it does not fit a cache by far, and is cold alone
+SPARE = 0.8                         # share of the free memory that sets may take
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One op at one shape.
+
+    op      name in the op table
+    label   which of the model's: "qkv local", "head", "decode local", ...
+    preset  a name of PRESETS
+    sizes   n_tokens, n_in, n_out, ... or rows=[(n_seqs, n_query, context)], n_heads, n_kv_heads, head_dim, window
+    """
+
+    op: str
+    label: str
+    preset: str
+    sizes: dict = field(hash=False)
+
+    def __str__(self):
+        return f"{self.preset} {self.name} ({', '.join(f'{key}={value}' for key, value in self.shape.items())})"
+
+    @property
+    def name(self):
+        """As a Row's: "linear qkv local"."""
+        return f"{self.op} {self.label}".rstrip()
+
+    @property
+    def shape(self):
+        """As a Row's: the preset, tokens of the step or rows of logits, and the other sizes in words."""
+        sizes = dict(self.sizes)
+        if "rows" in sizes:
+            sizes["n_tokens"] = sum(n * query for n, query, _ in sizes["rows"])
+            sizes["rows"] = ",".join(f"{n}*{query}@{context}" for n, query, context in sizes["rows"])
+        words = OPS[self.op].words.format(**sizes).removesuffix(", window None")
+        return {"preset": self.preset, "n_tokens": sizes.get("n_rows", sizes.get("n_tokens")), "size": words}
+
+    def prepare(self, lane, rng, n_sets=1, data=None):
+        """Prepared, with random inputs on `lane`.
+
+        n_sets  sets of inputs at other addresses; None for so many that a launch finds none of its own in the L2 cache,
+                where they fit
+        data    a Data of the lane, to share random numbers between cases
+        Raises MemoryPlanError where a set has no room.
+        """
+        if data is None:
+            with Data(lane, rng) as own:
+                return self.prepare(lane, rng, n_sets, own)
+        with lane.running():
+            prepared = Prepared(self, lane)
+            prepared.add_set(data)
+            for _ in range((prepared.n_cold_sets() if n_sets is None else n_sets) - 1):
+                prepared.add_set(data)
+        return prepared
+
+
+class Prepared:
+    """A KernelCase with inputs.
+
+    sets      dicts name -> array on the lane. linear: x, weight, out; gated_linear: x, weight [2 * intermediate, n_in],
+              out; rms_norm: x, weight, out; add_norm: residual, branch, post_weight, next_weight, layer_scalar, out;
+              attention: q, k_pages, v_pages, paged, out, and batch, the PagedBatch on the host
+    launches  for each set, a function that runs the op on it
+    cost      engine.cost.Cost of one launch
+    """
+
+    def __init__(self, case, lane):
+        self.case, self.lane, self.sets, self.launches, self.cost = case, lane, [], [], None
+        self._inputs = OPS[case.op]
+
+    def add_set(self, data):
+        """One more set of inputs."""
+        first = self.sets[0] if self.sets else None
+        self.sets.append(self._inputs.make(data, self.case.sizes, first))
+        args, kwargs = self._inputs.call(self.sets[-1], self.case.sizes)
+        self.launches.append(partial(getattr(self.lane.ops, self.case.op), *args, **kwargs))
+        if first is None:
+            args, kwargs = self._inputs.counted(self.sets[0], self.case.sizes)
+            self.cost = cost.of(self.case.op, args, kwargs)
+
+    @property
+    def set_bytes(self):
+        """Of the arrays of one set that no other set has."""
+        known = {id(array) for array in self.sets[0].values()} if len(self.sets) > 1 else set()
+        return sum(getattr(array, "nbytes", 0) for array in self.sets[-1].values() if id(array) not in known)
+
+    def n_cold_sets(self):
+        """How many sets a cold measurement wants, as far as there is memory."""
+        if self.cost.bytes >= LARGE_BYTES:
+            return 1
+        wanted = min(max(LEAST_SETS, -(-COLD_BYTES // max(int(self.cost.bytes), 1))), MOST_SETS)
+        free = self.lane.memory_bytes()
+        if free is None:
+            return wanted
+        return min(wanted, 1 + int(SPARE * free) // max(self.set_bytes, 1))
+
+    @property
+    def is_cold(self):
+        """Whether a launch finds nothing of its set in an L2 cache when all sets take turns."""
+        return self.cost.bytes >= LARGE_BYTES or len(self.sets) * self.cost.bytes >= COLD_BYTES
+
+    def launch(self, i=0):
+        """Runs the op on set i % n_sets, on the lane's stream."""
+        with self.lane.running():
+            self.launches[i % len(self.launches)]()
+
+    def check(self):
+        """Runs the op on set 0 and compares with its twin; returns the largest error of a row. On the cpu lane, where
+        the op is the twin, it is only run. Raises BenchError with the error."""
+        lane, arrays = self.lane, self.sets[0]
+        if lane.ops is reference:
+            self.launch()
+            return 0.0
+        worst = 0.0
+        with lane.running():
+            for name in self._inputs.outputs:
+                poison(lane, arrays[name])
+            for found in self._inputs.compare(lane, arrays, self.case.sizes, self.launches[0]):
+                if not found.is_good:
+                    how = "" if found.limit == EXACT else f", expected at most {found.limit:.2g} of a row's length"
+                    raise BenchError(f"{self.case}: {found.name} is off its twin by {found.error:.2g}{how}")
+                worst = max(worst, found.error)
+            for name in self._inputs.outputs:
+                if n := n_unwritten(lane, arrays[name]):
+                    raise BenchError(f"{self.case}: {n} values of {name} were never written")
+        return worst
+
+
+def cases_of(presets, n_tokens=(1, 16, 64, 4096), contexts=(1024,), batches=(1, 8, 64), ops=None):
+    """[KernelCase] of the presets, each shape of a preset once.
+
+    n_tokens  of a step: products, norms, RoPE, embedding; where it is more than a decode step has, also the length of a
+              prompt for attention
+    contexts  of decode attention
+    batches   sequences of a decode step; rows of logits
+    ops       names of the op table, None for all. Raises BenchError for a name that is none
+    """
+    for op in ops or ():
+        if op not in OPS:
+            raise BenchError(f"no op {op!r}, expected one of {', '.join(OPS)}")
+    found = {}
+    for name in presets:
+        sweep = SimpleNamespace(n_tokens=n_tokens, contexts=contexts, batches=batches)
+        for op, label, sizes in _shapes(preset(name), sweep):
+            key = name, op, repr(sorted(sizes.items()))
+            if ops is None or op in ops:
+                label = _common(found[key].label, label) if key in found else label
+                found[key] = KernelCase(op, label, name, sizes)
+    order = list(OPS)
+    return sorted(found.values(), key=lambda case: (presets.index(case.preset), order.index(case.op)))
+
+
+def _shapes(spec, sweep):
+    """(op, label, sizes) of everything that steps of a ModelSpec run."""
+    attentions = list(dict.fromkeys(layer.attention for layer in spec.layers))
+    mlps = list(dict.fromkeys(layer.mlp for layer in spec.layers if type(layer.mlp) is DenseSpec))
+    decode_most = max(sweep.batches)
+    for n in sweep.n_tokens:
+        for a in attentions:
+            yield "linear", f"qkv {_kind(a)}", {"n_tokens": n, "n_in": spec.hidden, "n_out": a.qkv_width}
+            yield "linear", f"o {_kind(a)}", {"n_tokens": n, "n_in": a.q_width, "n_out": spec.hidden}
+            yield "qk_norm_rope_cache", _kind(a), {
+                "n_tokens": n, "n_heads": a.n_heads, "n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim,
+                "n_pairs": a.rope.n_pairs(a.head_dim), "v_norm": a.v_norm, "v_is_k": a.v_is_k,
+                "interleaved": a.rope.interleaved}
+            if n > decode_most:
+                yield "attention", f"prefill {_kind(a)}", _attention(a, [(1, n, n)])
+        for mlp in mlps:
+            yield "gated_linear", "", {"n_tokens": n, "n_in": spec.hidden, "intermediate": mlp.intermediate}
+            yield "linear", "down", {"n_tokens": n, "n_in": mlp.intermediate, "n_out": spec.hidden}
+        yield "rms_norm", "", {"n_tokens": n, "hidden": spec.hidden}
+        yield "add_norm", "", {"n_tokens": n, "hidden": spec.hidden,
+                               "layer_scalar": any(layer.layer_scalar for layer in spec.layers)}
+        yield "embed", "", {"n_tokens": n, "vocab": spec.vocab, "hidden": spec.hidden}
+        for rope, head_dim in ropes(spec):
+            yield "rope_angles", "", {"n_tokens": n, "n_pairs": rope.n_pairs(head_dim)}
+    for batch in sweep.batches:
+        for context in sweep.contexts:
+            for a in attentions:
+                yield "attention", f"decode {_kind(a)}", _attention(a, [(batch, 1, context)])
+        logits = {"n_rows": batch, "vocab": spec.vocab}
+        yield "linear", "head", {"n_tokens": batch, "n_in": spec.hidden, "n_out": spec.vocab, "out": "float32"}
+        yield "select_rows", "", {"n_tokens": max(max(sweep.n_tokens), batch), "n_rows": batch, "width": spec.hidden}
+        if spec.logit_softcap is not None:
+            yield "logit_softcap", "", {**logits, "cap": spec.logit_softcap}
+        yield "apply_edits", "", {**logits, "n_edits": 64}
+        yield "sample", "greedy", {**logits, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
+        yield "sample", "top-k and top-p", {**logits, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+        yield "top_logprobs", "", {**logits, "n": 20}
+
+
+def _common(label, other):
+    """Of "qkv local" and "qkv global" that have one shape, "qkv"."""
+    *name, kind = label.split() or [""]
+    return " ".join(name) if [*name, kind] != other.split() and name == other.split()[:-1] else label
+
+
+def _kind(attention):
+    if attention.chunk is not None:
+        return "chunked"
+    return "global" if attention.window is None else "local"
+
+
+def _attention(a, rows):
+    return {"rows": rows, "n_heads": a.n_heads, "n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim, "window": a.window,
+            "chunk": a.chunk}

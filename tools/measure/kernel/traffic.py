@@ -1,0 +1,126 @@
+"""What kernels move, counted without a GPU: the emulator's checker beside the cost model, and what ptxas makes of them.
+
+Kernels run on slices of a model's shapes: whole rows (k, head_dim and hidden are true), but fewer of them, and shorter
+contexts. moved is every warp's request in sectors of 32 bytes, as if nothing were cached, but for operands under 64 KB,
+which are read again from a cache; distinct is each byte once. Both are told as ratios to the cost model's bytes, with
+what our kernels move besides (partial sums, bins). The wide tile of a prompt's matrix products is not run: it wants
+more rows than an emulator has time for.
+
+Goals: moved is at most 1.1 of the cost where a kernel is bound by memory; no kernel spills; no bank conflicts.
+"""
+
+import os
+from dataclasses import replace
+
+import numpy as np
+
+from engine.errors import ConfigError
+from engine.kernels import device, gemm, host
+from engine.kernels.checker import SMALL_BYTES
+from engine.kernels.resources import LIMITS
+from measure.kernel import compiled
+from measure.kernel.kernel_cases import cases_of
+from measure.kernel.kernel_inputs import Data
+from measure.report import BenchError, Goal, Row, Stat
+
+PRESETS = ["gemma-3-1b", "gemma-4-31b"]
+N_TOKENS, CONTEXTS, BATCHES = [1, 16, 64], [1024], [1]
+# Of a slice, at most.
+MOST = {"n_out": 256, "intermediate": 128, "n_kv_heads": 4}
+MOST_ROTATED = 32                   # tokens of qk_norm_rope_cache: their angles are under 64 KB, which heads share
+VOCAB = 4096                        # rows of an embedding table; logits have all of theirs
+SLACK = 1.1                         # of the cost: sectors that are not whole, index lists
+LATENCY = "single elements of 4 bytes are gathered, a sector of 32 each: bound by latency"
+BINS = "every block adds to its row's bins, in the L2 cache; tokens of one bin meet in one bank"
+GREEDY = "a greedy row passes over its logits once, the cost counts three times"
+PREFILL = "each tile of queries reads K and V anew, from the L2 cache: bound by arithmetic"
+
+
+def run(args, report, lane):
+    """A row for each slice, and one for each kernel on each architecture. 1 where a goal is missed."""
+    cases = sliced(cases_of(args.preset or PRESETS, args.n_tokens or N_TOKENS, args.context or CONTEXTS,
+                            args.batch or BATCHES, args.op))
+    built = {}
+    with Data(lane, np.random.default_rng(args.seed)) as data:
+        for case in report.bar(cases, "traffic"):
+            row, launches = counted(case, lane, data)
+            report.add(row)
+            built.update({repr(launch.build): (launch.build, launch.block[0], launch.smem_bytes)
+                          for launch in launches})
+    for row in resources(list(built.values()), report):
+        report.add(row)
+    return 0 if report.is_met else 1
+
+
+def sliced(cases):
+    """The cases at sizes that the emulator has time for; those that become the same, once."""
+    found = {}
+    for case in cases:
+        s = {key: min(value, MOST.get(key, value)) if value is not None and key in MOST else value
+             for key, value in case.sizes.items()}
+        if "n_heads" in s:
+            s["n_heads"] = case.sizes["n_heads"] // case.sizes["n_kv_heads"] * s["n_kv_heads"]
+        if case.op == "qk_norm_rope_cache":
+            s["n_tokens"] = min(MOST_ROTATED, s["n_tokens"])
+        if case.op == "embed":
+            s["vocab"] = min(VOCAB, s["vocab"])
+        found.setdefault((case.preset, case.op, repr(sorted(s.items(), key=str))), replace(case, sizes=s))
+    return list(found.values())
+
+
+def counted(case, lane, data):
+    """(the Row of a case, its launches)"""
+    prepared = case.prepare(lane, data.rng, 1, data)
+    with host.checking() as launches:
+        prepared.check()
+    traffic = [launch.traffic for launch in launches]
+    cost, distinct = prepared.cost.traffic_bytes, sum(t.distinct_bytes for t in traffic)
+    moved = sum(t.moved_bytes - t.small_reread_bytes for t in traffic)
+    reread, conflicts = (sum(getattr(t, name) for t in traffic) for name in ("small_reread_bytes", "bank_conflicts"))
+    most, notes = bound(case, cost)
+    stats = {"cost": Stat("bytes", cost), "flops": Stat("flop", prepared.cost.flops),
+             "distinct": Stat("bytes", distinct), "moved": Stat("bytes", moved, "lower"),
+             "small rereads": Stat("bytes", reread), "distinct / cost": Stat("x", distinct / cost),
+             "moved / cost": Stat("x", moved / cost, "lower"), "bank conflicts": Stat("1", conflicts, "lower")}
+    goal = None if most is None else Goal("moved / cost", at_most=most)
+    if conflicts and BINS not in notes:
+        goal = Goal("bank conflicts", at_most=0)
+    return Row("traffic", case.name, case.shape, stats, notes, goal), list(launches)
+
+
+def bound(case, cost):
+    """(the most that moved may be of the cost, in bytes, or None, notes that say why)"""
+    s = case.sizes
+    if case.op == "attention" and any(query > 1 for _, query, _ in s["rows"]):
+        return None, [PREFILL]
+    if case.op == "apply_edits":
+        return None, [LATENCY]
+    if case.op in ("sample", "top_logprobs"):
+        return None, [GREEDY if s.get("temperature") == 0 else BINS]
+    x_bytes = 2 * s["n_tokens"] * s["n_in"] if case.op in ("linear", "gated_linear") else 0
+    if x_bytes >= SMALL_BYTES:
+        n_rows = 2 * s["intermediate"] if case.op == "gated_linear" else s["n_out"]
+        plan = gemm.plan(n_rows, s["n_in"], s["n_tokens"])
+        again = (-(-n_rows // plan.tile.rows) - 1) * x_bytes
+        return SLACK * (cost + again) / cost, ["every tile of weights reads its tokens anew, from the L2 cache"]
+    return SLACK, []
+
+
+def resources(built, report):
+    """Rows of (Build, threads, dynamic shared memory) on every architecture; none where there is no compiler."""
+    try:
+        device.nvrtc()
+    except ConfigError as error:
+        report.skip("registers, spills and occupancy", error)
+        return
+    for row in compiled.check(built, LIMITS, os.cpu_count() or 1):
+        entry, _, constants = row.kernel.removesuffix(")").partition("(")
+        shape = {"constants": constants, "arch": row.arch, "n_threads": row.n_threads}
+        if row.taken is None:
+            raise BenchError(f"{row.file}: {row.kernel} does not compile for {row.arch}: {row.error}")
+        stats = {"registers": Stat("1", row.taken.registers, "lower"),
+                 "spills": Stat("bytes", row.taken.spill_stores + row.taken.spill_loads, "lower"),
+                 "shared memory": Stat("bytes", row.smem_bytes), "blocks an SM": Stat("1", row.blocks, "higher"),
+                 "warps an SM": Stat("1", row.warps, "higher")}
+        yield Row("resources", entry, shape, stats, row.problems(),
+                  Goal("spills", at_most=0) if row.blocks else Goal("blocks an SM", at_least=1))

@@ -1,0 +1,1 @@
+"""A bench document as one HTML page."""

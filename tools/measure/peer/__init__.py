@@ -1,0 +1,1 @@
+"""Other engines and kernels, and how they take turns with ours."""

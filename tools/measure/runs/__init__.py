@@ -1,0 +1,1 @@
+"""Commands under time limits whose documents become one report."""

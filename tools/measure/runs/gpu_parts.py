@@ -1,0 +1,110 @@
+"""What a GPU report consists of: the parts in order of weight, at the sizes of released models or at toy sizes."""
+
+from measure.report import BenchError
+from measure.runs.parts import Part
+
+ROOM_BYTES = 8 << 30        # beside the weights of a model that is to fit: KV cache, workspace, the context
+WEIGHT_BYTES = 2            # bfloat16
+DECODE = "decode={1,8,64}*1@1024"
+# Presets that may come: (part, what a preset's name begins with, layers or None for all).
+TO_COME = (("engine-26b-a4b", "gemma-4-26b-a4b", None), ("engine-e4b", "gemma-4-e4b", None),
+           ("engine-llama-4", "llama-4", 4))
+DEMO = ("--model", "demo/checkpoint")
+# Tests that take a second, kernels among them, to see that the part works.
+QUICK_TESTS = ("tests/test_random.py", "tests/kernels/test_rmsnorm.py")
+
+
+def bench(name, command, lane, *arguments, least_s, most_s, uses_ceilings=True, **fields):
+    """A Part that is a command of tools/bench.py."""
+    argv = ("tools/bench.py", command, "--lane", lane, "--json", "{out}", *(("{ceilings}",) if uses_ceilings else ()))
+    return Part(name, (*argv, *arguments), least_s, most_s, **fields)
+
+
+def tests(name, lane, *arguments, least_s, most_s):
+    """A Part that is a run of pytest. One that hangs prints nothing but, after 20 s, where it is; then the run ends."""
+    argv = ("-m", "pytest", "-v", "--tb=short", "-o", "faulthandler_timeout=20", "-p", "no:cacheprovider",
+            "--junit-xml", "{out}", "--lane", lane, *arguments)
+    return Part(name, argv, least_s, most_s, stall_s=40, suite=True)
+
+
+def full_parts(lane, memory_bytes):
+    """The parts of a report on a GPU with so much memory."""
+    from engine.models.presets import PRESETS
+    few = ("--n-tokens", "1,64", "--context", "1024", "--batch", "1,8", "--repeats", "5")
+    no_ops = ("--no-ops", "--repeats", "5")
+    parts = [
+        bench("ceilings", "ceilings", lane, least_s=20, most_s=60, uses_ceilings=False),
+        tests("tests-kernels", lane, "tests/kernels", least_s=30, most_s=120),
+        tests("tests-others", lane, "tests", "--ignore=tests/kernels", least_s=30, most_s=150),
+        bench("kernels-31b", "kernels", lane, "--preset", "gemma-4-31b", least_s=15, most_s=90, full_s=50, short=few),
+        bench("kernels-1b", "kernels", lane, "--preset", "gemma-3-1b", least_s=10, most_s=60, full_s=30, short=few),
+        bench("engine-1b", "engine", lane, "--preset", "gemma-3-1b", "--case", DECODE, "--case", "prefill=2048",
+              least_s=15, most_s=60, full_s=30, short=no_ops),
+        bench("engine-31b-slice", "engine", lane, "--preset", "gemma-4-31b", "--layers", "12", "--case", DECODE,
+              "--case", "decode=1*1@32768", "--case", "prefill=8192", "--case", "mix=2048,16*1@4096", "--case",
+              "verify=16*5@4096", least_s=20, most_s=80, full_s=45, short=no_ops),
+        bench("engine-31b", "engine", lane, "--preset", "gemma-4-31b", "--case", "decode={1,8}*1@1024", "--case",
+              "prefill=2048", least_s=50, most_s=100, full_s=70, short=no_ops,
+              why_not=too_large("gemma-4-31b", memory_bytes))]
+    for name, begins, n_layers in TO_COME:
+        found = next((preset for preset in PRESETS if preset.startswith(begins)), None)
+        why_not = too_large(found, memory_bytes, n_layers) if found else f"no preset {begins} yet"
+        layers = ("--layers", str(n_layers)) if n_layers else ()
+        parts.append(bench(name, "engine", lane, "--preset", found or begins, *layers, "--case", "decode={1,8}*1@1024",
+                           "--case", "prefill=2048", least_s=20, most_s=60, full_s=35, short=no_ops, why_not=why_not))
+    return [*parts,
+            bench("against-kernels", "against", lane, "--preset", "gemma-4-31b", "--op",
+                  "linear,gated_linear,attention,add_norm,sample", least_s=20, most_s=90, full_s=60,
+                  short=("--n-tokens", "1,64", "--batch", "8", "--repeats", "5")),
+            bench("against-model", "against", lane, "--preset", "gemma-4-31b", "--layers", "12", "--case",
+                  "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=30, most_s=120),
+            bench("serve", "serve", lane, "--preset", "gemma-3-1b", "--requests", "64", "--rate", "32,inf", "--output",
+                  "64", least_s=15, most_s=40, uses_ceilings=False),
+            bench("load", "load", lane, "--preset", "gemma-3-1b", "--folder", "{scratch}", "--repeats", "2",
+                  least_s=20, most_s=60, uses_ceilings=False)]
+
+
+def quick_parts(lane):
+    """The same flow in half a minute, without a GPU: toy sizes, a model of the checkout."""
+    no_clock = "the emulated lane has no clock" if lane == "emulated" else ""
+    cases = ("--case", "decode=2*1@24", "--case", "prefill=24")
+    test_lane = lane if lane.startswith("cuda") else "emulated"
+    return [
+        bench("ceilings", "ceilings", lane, "--bytes", str(1 << 24), "--size", "256", "--repeats", "2", least_s=2,
+              most_s=30, uses_ceilings=False, why_not=no_clock),
+        tests("tests", test_lane, *QUICK_TESTS, least_s=2, most_s=60),
+        bench("kernels", "kernels", lane, "--preset", "gemma-3-270m", "--op", "rms_norm", "--n-tokens", "2",
+              "--repeats", "2", least_s=2, most_s=60),
+        bench("engine", "engine", lane, *DEMO, *cases, "--repeats", "2", least_s=2, most_s=60),
+        bench("against", "against", lane, "--peer", "torch", "--preset", "gemma-3-270m", "--op", "rms_norm",
+              "--n-tokens", "2", "--repeats", "2", least_s=2, most_s=60, why_not=no_clock),
+        bench("serve", "serve", lane, *DEMO, "--requests", "6", "--rate", "50,inf", "--input", "12", "--output", "4",
+              least_s=2, most_s=60, uses_ceilings=False, why_not=no_clock),
+        bench("load", "load", lane, *DEMO, "--repeats", "1", least_s=2, most_s=60, uses_ceilings=False,
+              why_not=no_clock)]
+
+
+def too_large(preset_name, memory_bytes, n_layers=None):
+    """Why a preset, or its first layers, does not fit a GPU with so much memory; "" where it does."""
+    from engine.models.presets import preset
+    from engine.weights import n_weights
+    from measure.random_weights import slice_of
+    spec = preset(preset_name)
+    if n_layers:
+        spec = slice_of(spec, n_layers)
+    need = n_weights(spec) * WEIGHT_BYTES + ROOM_BYTES
+    if need <= memory_bytes:
+        return ""
+    return f"it wants {need / 2**30:.0f} GiB, the GPU has {memory_bytes / 2**30:.0f}"
+
+
+def chosen(parts, only, skip):
+    """The parts that are asked for. A name stands for the part of that name and for those it begins: engine for
+    engine-1b. Raises BenchError for a name of none."""
+    def fits(part, name):
+        return part.name == name or part.name.startswith(f"{name}-")
+    for name in [*only, *skip]:
+        if not any(fits(part, name) for part in parts):
+            raise BenchError(f"no part {name!r}, expected some of {', '.join(part.name for part in parts)}")
+    return [part for part in parts if (not only or any(fits(part, name) for name in only))
+            and not any(fits(part, name) for name in skip)]
