@@ -140,7 +140,8 @@ def module_of(name):
     except ModuleNotFoundError as error:
         if error.name != f"measure.{name}":
             raise BenchError(f"{name} needs the package {error.name!r}, which is not installed") from None
-        raise BenchError(f"{name} is not in this checkout: no tools/measure/{name.replace(".", "/")}.py") from None
+        file = name.replace(".", "/")
+        raise BenchError(f"{name} is not in this checkout: no tools/measure/{file}.py") from None
 
 
 def parse(argv):
