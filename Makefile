@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN     = $(VENV)/bin
 
-.PHONY: demo test check kernels lint clean
+.PHONY: demo test check kernels traffic lint clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m engine generate demo/checkpoint --prompts demo/prompts.txt --max-tokens 160 --temperature 0
@@ -18,6 +18,10 @@ check: $(VENV)/.test
 # every kernel compiled for every architecture: registers, spills, shared memory
 kernels: $(VENV)/.test
 	$(BIN)/python tools/check_kernels.py
+
+# the bytes that kernels move, counted without a GPU, beside the cost model; fails where a kernel moves more than it should
+traffic: $(VENV)/.test
+	$(BIN)/python tools/bench.py kernels --lane emulated
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check --config .ci/ruff.toml .
