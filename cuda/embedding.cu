@@ -1,4 +1,4 @@
-// Rows gathered by number: token embeddings, and the rows of a step that are computed further.
+// Rows gathered by number: token embeddings, and the rows of a step that are computed further. Rows times a number.
 //
 // Grid (n rows of the result, parts of a row), block THREADS; a thread moves one access of 16, 8 or 4 bytes, the most that
 // the bytes of a row are a multiple of. Bound by memory. Constants: THREADS, a multiple of 32.
@@ -57,4 +57,33 @@ extern "C" __global__ void __launch_bounds__(THREADS) select_rows(
     if (row_words % 4 == 0) copy_row<4>(from, to, is_inside, row_words);
     else if (row_words % 2 == 0) copy_row<2>(from, to, is_inside, row_words);
     else copy_row<1>(from, to, is_inside, row_words);
+}
+
+template <int n_words> __device__ __forceinline__ void scale_row(const bf16* from, const float* weights, bf16* to, int k,
+                                                                 int hidden) {
+    const int at = 2 * n_words * (blockIdx.y * THREADS + threadIdx.x);
+    if (at >= hidden) return;
+    const Words<n_words> words = load_words<n_words>(from + at);
+    for (int s = 0; s < k; ++s) {
+        const float weight = to_float(to_bf16(weights[s]));
+        Words<n_words> scaled;
+        #pragma unroll
+        for (int i = 0; i < n_words; ++i)
+            scaled.word[i] = pack_bf16(low_half(words.word[i]) * weight, high_half(words.word[i]) * weight);
+        store_words(to + (i64)s * hidden + at, scaled);
+    }
+}
+
+// scale_rows:  out[t * k + s,:] = bf16(x[t,:] * bf16(weights[t,s]))
+//
+//   x [n_tokens, hidden] bf16   weights [n_tokens, k] f32   out [n_tokens * k, hidden] bf16
+//   traffic  2 * n_tokens * hidden + 4 * n_tokens * k + 2 * n_tokens * k * hidden
+extern "C" __global__ void __launch_bounds__(THREADS) scale_rows(
+        const bf16* x, const float* weights, OUT bf16* out, int k, int hidden) {
+    const i64 token = blockIdx.x;
+    const bf16* from = x + token * hidden;
+    const float* by = weights + token * k;
+    bf16* to = out + token * k * hidden;
+    if (hidden % 8 == 0) scale_row<4>(from, by, to, k, hidden);
+    else scale_row<2>(from, by, to, k, hidden);
 }

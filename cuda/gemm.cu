@@ -22,34 +22,9 @@
 //   bound by HBM (2 bytes a weight) up to about 100 tokens, by tensor cores above
 //   every tile reads its tokens of x anew, TOKENS / ROWS of the bytes of its weights: those come from the L2 cache
 //   built with ROWS, TOKENS (of a block's tile; gated, ROWS / 2 outputs), WARP_ROWS, WARP_TOKENS, DEPTH (k of a stage), STAGES
-#include "activation.cuh"
-#include "mma.cuh"
+#include "gemm_tile.cuh"
 
-constexpr int n_threads = 32 * (ROWS / WARP_ROWS) * (TOKENS / WARP_TOKENS);
-constexpr int chunks = DEPTH / 8;                       // 16-byte chunks in a tile row
-constexpr int rows_per_pass = n_threads / chunks;       // tile rows that the block copies at a time
-constexpr int stage_size = (ROWS + TOKENS) * DEPTH;
-constexpr int blocks_of_rows = WARP_ROWS / 16, blocks_of_tokens = WARP_TOKENS / 8;
 constexpr int quads = ROWS * TOKENS / 4;                // float4s in a tile's sums
-static_assert(rows_per_pass % 16 == 0 && ROWS % rows_per_pass == 0, "a thread's rows lie a fixed distance apart");
-static_assert(DEPTH == 32 || DEPTH == 64, "the swizzle is made for tile rows of 64 and 128 bytes");
-
-enum Activation { NONE, GELU_TANH, SILU };
-
-// ldmatrix reads the same chunk of 8 consecutive rows: this moves them to different banks.
-__device__ __forceinline__ int swizzle(int row) { return row / (8 / chunks) % chunks; }
-
-__device__ __forceinline__ int ceil_div(int a, int b) { return (a + b - 1) / b; }
-
-// Copies 8 values, zeros from n_left on, n_left a multiple of 4. Rows of no multiple of 16 bytes take 8-byte copies.
-__device__ __forceinline__ void copy_chunk(bf16* to, const bf16* from, int n_left, bool is_aligned, const bf16* somewhere) {
-    if (is_aligned) {
-        copy_async<16>(to, n_left > 0 ? from : somewhere, n_left > 0);
-    } else {
-        copy_async<8>(to, n_left > 0 ? from : somewhere, n_left > 0);
-        copy_async<8>(to + 4, n_left > 4 ? from + 4 : somewhere, n_left > 4);
-    }
-}
 
 // Where one thread's copies come from: the same chunk of every rows_per_pass-th row of weights and of tokens.
 struct Copies {
@@ -74,7 +49,6 @@ struct Copies {
     }
 };
 
-// Gated, 8 rows of gate and the 8 of up for the same outputs alternate in a tile: a thread's fragment holds both.
 __device__ __forceinline__ Copies copies_of(const bf16* x, const bf16* weight, int n_tokens, int n_out, int n_in, int out0,
                                             int token0, int k0, int k_end, bool is_gated) {
     const int row = threadIdx.x / chunks, chunk = threadIdx.x % chunks, k = k0 + chunk * 8;
@@ -94,62 +68,6 @@ __device__ __forceinline__ Copies copies_of(const bf16* x, const bf16* weight, i
     return c;
 }
 
-// Fragments of a stage at 16 of its k: a 16-row block of weights, and all the warp's tokens.
-__device__ __forceinline__ void load_rows(u32 (&a)[4], const bf16* stage, int warp_row, int i, int k16) {
-    const int lane = threadIdx.x % 32, row = warp_row + lane % 16;
-    load_matrix_x4(a, stage + (row + 16 * i) * DEPTH + ((2 * k16 + lane / 16) ^ swizzle(row)) * 8);
-}
-__device__ __forceinline__ void load_tokens(u32 (&b)[blocks_of_tokens][2], const bf16* stage, int warp_token, int k16) {
-    const int lane = threadIdx.x % 32, token = warp_token + (blocks_of_tokens > 1 ? lane / 16 * 8 : 0) + lane % 8;
-    const bf16* from = stage + (ROWS + token) * DEPTH + ((2 * k16 + lane / 8 % 2) ^ swizzle(token)) * 8;
-    if constexpr (blocks_of_tokens == 1) {
-        load_matrix_x2(b[0], from);
-    } else {
-        #pragma unroll
-        for (int j = 0; j < blocks_of_tokens; j += 2) {
-            u32 two[4];
-            load_matrix_x4(two, from + j * 8 * DEPTH);
-            b[j][0] = two[0], b[j][1] = two[1], b[j + 1][0] = two[2], b[j + 1][1] = two[3];
-        }
-    }
-}
-
-__device__ __forceinline__ float activate(float gate, int activation) {
-    return activation == GELU_TANH ? gelu_tanh(gate) : silu(gate);
-}
-
-typedef float Sums[blocks_of_rows][blocks_of_tokens][4];
-
-// sum += the stage's weights times its tokens; the next fragments load while these multiply.
-__device__ __forceinline__ void multiply(Sums& sum, const bf16* stage, int warp_row, int warp_token) {
-    u32 a[2][4], b[2][blocks_of_tokens][2];
-    load_tokens(b[0], stage, warp_token, 0);
-    load_rows(a[0], stage, warp_row, 0, 0);
-    #pragma unroll
-    for (int n = 0; n < DEPTH / 16 * blocks_of_rows; ++n) {
-        const int k16 = n / blocks_of_rows, i = n % blocks_of_rows;
-        if (n + 1 < DEPTH / 16 * blocks_of_rows)
-            load_rows(a[(n + 1) % 2], stage, warp_row, (n + 1) % blocks_of_rows, (n + 1) / blocks_of_rows);
-        if (i == 0 && k16 + 1 < DEPTH / 16) load_tokens(b[(k16 + 1) % 2], stage, warp_token, k16 + 1);
-        #pragma unroll
-        for (int j = 0; j < blocks_of_tokens; ++j) mma_bf16(sum[i][j], a[n % 2], b[k16 % 2][j][0], b[k16 % 2][j][1]);
-    }
-}
-
-// Calls visit(four sums, their place in partials). No load crosses __syncwarp: without it the compiler starts them all at
-// once, and has no registers left for what they return.
-template <class F> __device__ __forceinline__ void each_quad(Sums& sum, F visit) {
-    #pragma unroll
-    for (int i = 0; i < blocks_of_rows; ++i) {
-        #pragma unroll
-        for (int j = 0; j < blocks_of_tokens; ++j) visit(sum[i][j], (i * blocks_of_tokens + j) * n_threads);
-        __syncwarp();
-    }
-}
-
-__device__ __forceinline__ void clear(Sums& sum) {
-    each_quad(sum, [](float (&s)[4], int) { s[0] = s[1] = s[2] = s[3] = 0.f; });
-}
 __device__ __forceinline__ void save(Sums& sum, float4* to) {
     each_quad(sum, [=](float (&s)[4], int at) { to[at] = make_float4(s[0], s[1], s[2], s[3]); });
 }
@@ -183,34 +101,6 @@ __device__ __forceinline__ bool join_splits(Sums& sum, float4* tile_partials, in
     load(sum, mine);
     for (int s = 1; s < n_splits; ++s) add(sum, mine + (size_t)s * quads);
     return true;
-}
-
-// Keeps what the lanes of a fragment write to consecutive tokens of a staged tile in different banks.
-__device__ __forceinline__ int bank_mask(int token) { return token / 2 % 4 * 8; }
-
-// Puts the results into shared memory as [TOKENS][width], columns by exclusive or with the token's bank_mask.
-template <bool is_gated>
-__device__ __forceinline__ void lay_out(const Sums& sum, float* staged, int warp_row, int warp_token, int activation) {
-    constexpr int width = is_gated ? ROWS / 2 : ROWS;
-    const int group = threadIdx.x % 32 / 4, pair = threadIdx.x % 4, mask = bank_mask(2 * pair);
-    #pragma unroll
-    for (int i = 0; i < blocks_of_rows; ++i)
-        #pragma unroll
-        for (int j = 0; j < blocks_of_tokens; ++j) {
-            const float (&s)[4] = sum[i][j];
-            float* const to = staged + (warp_token + 8 * j + 2 * pair) * width;
-            if constexpr (is_gated) {
-                const int column = (warp_row / 2 + 8 * i + group) ^ mask;
-                to[column] = activate(s[0], activation) * s[2];
-                to[column + width] = activate(s[1], activation) * s[3];
-            } else {
-                const int row = warp_row + 16 * i + group;
-                to[row ^ mask] = s[0];
-                to[(row ^ mask) + width] = s[1];
-                to[(row + 8) ^ mask] = s[2];
-                to[((row + 8) ^ mask) + width] = s[3];
-            }
-        }
 }
 
 extern "C" __global__ void __launch_bounds__(n_threads, 2) gemm(

@@ -1,4 +1,5 @@
-// Rotary embedding: the angles of a step, and per-head norm + rotation + KV cache write, fused.
+// Rotary embedding: the angles of a step, and per-head norm + rotation + KV cache write, fused. What grows queries with
+// their position, where a layer has no rotation.
 #include "words.cuh"
 
 constexpr int ANGLE_THREADS = 256;
@@ -31,6 +32,18 @@ extern "C" __global__ void __launch_bounds__(ANGLE_THREADS) rope_angles(
     cos_sin(__fmul_rn((float)positions[blockIdx.x], inv_freq[j]), &cos, &sin);
     row[j] = cos;
     row[n_pairs + j] = sin;
+}
+
+// attention_temperature:  out[t] = 1 + scale * ln(1 + floor((positions[t] + 1) / length)), rounded once
+//
+//   positions [n_tokens] i32   out [n_tokens] f32   length above 0
+//   grid (n_tokens / block, rounded up), block up to 256: a thread has a token; bound by latency. The logarithm is of
+//   float64: that of float32 would leave 1.2e-7
+//   traffic  8 * n_tokens
+extern "C" __global__ void __launch_bounds__(ANGLE_THREADS) attention_temperature(
+        const int* positions, OUT float* out, int n_tokens, float scale, int length) {
+    const int t = blockIdx.x * blockDim.x + threadIdx.x;
+    if (t < n_tokens) out[t] = (float)(1.0 + (double)scale * log(1.0 + (positions[t] + 1) / length));
 }
 
 // The part of a head that one lane has: chunk c of its first half and chunk c of its second half, for CHUNKS c. So both
@@ -151,28 +164,34 @@ struct Angles {
     }
 };
 
-// qk_norm_rope_cache:  q = rope(norm(q) * (q_norm + offset)), k = rope(norm(k) * (k_norm + offset)), v = norm(v) or v,
-//                      norm(x) = x / sqrt(mean(x^2) + eps) over a head; q to out, k and v to their pages
+// qk_norm_rope_cache:  q = rope(norm(q) * (q_norm + offset)) * temperature, k = rope(norm(k) * (k_norm + offset)),
+//                      v = norm(v) or v, norm(x) = x / sqrt(mean(x^2) + eps) over a head, or x where qk_norm is false;
+//                      q to out, k and v to their pages
 //
 //   qkv [n_tokens, n_in, head_dim] bf16: q heads, k heads, v heads (v_is_k: none, v is k before norm and rotation)
 //   q_norm, k_norm [head_dim] bf16, or null to multiply by nothing      slots [n_tokens] i32, page * page_size + offset
-//   angles [n_tokens, 2, n_pairs] f32: cos and sin of the first n_pairs pairs; the other pairs do not turn
-//   k_pages, v_pages [n_slots, n_kv_heads, head_dim] bf16; a token with slot -1 leaves nothing there
+//   angles [n_tokens, 2, n_pairs] f32: cos and sin of the first n_pairs pairs; the other pairs do not turn; n_pairs may
+//   be 0, angles null      temperature [n_tokens] f32, or null for 1
+//   k_pages, v_pages [n_slots, n_kv_heads, head_dim] bf16; a token with slot -1 leaves nothing there; without k and v
+//   heads all three may be null
 //   out [n_tokens, n_heads, head_dim] bf16
+//   A norm without weights may as well follow the rotation, as in Llama 4: a rotation does not change the mean of x^2.
 //   Rounded to bf16 once, at the end (transformers rounds between norm and rotation too).
 //   grid (n_tokens, any), block (a multiple of 32): n_lanes lanes have a head, a power of two that divides 32; the heads of
 //   a token go around the grid's y. The order of a sum follows from head_dim alone. Bound by memory.
 //   built with WIDTH (bf16 of an access: 4, or 2 where head_dim / 2 is no multiple of 4) and CHUNKS (accesses of a lane in
-//   each half), such that WIDTH * CHUNKS * n_lanes >= head_dim / 2
-//   traffic  2 * n_tokens * n_in * head_dim + 4 * head_dim + 8 * n_tokens * n_pairs + 4 * n_tokens + 2 * n_tokens * (n_heads + 2 * n_kv_heads) * head_dim
+//   each half), such that WIDTH * CHUNKS * n_lanes >= head_dim / 2, and VARIED (0: heads are normed and rotated, and there
+//   is no temperature, whatever qk_norm, n_pairs and temperature are, which saves registers; 1: as these say)
+//   traffic  2 * head_dim * (n_tokens * (n_in + n_heads + 2 * n_kv_heads) + n_weights) + 4 * n_tokens * (2 * n_pairs + has_slots + has_temperature)
 extern "C" __global__ void __launch_bounds__(128) qk_norm_rope_cache(
         const bf16* qkv, const bf16* q_norm, const bf16* k_norm, const float* angles, const int* slots,
-        OUT bf16* k_pages, OUT bf16* v_pages, OUT bf16* out, int n_heads, int n_kv_heads, int head_dim, int n_pairs,
-        int n_lanes, bool v_norm, bool v_is_k, bool interleaved, float eps, float weight_offset) {
+        const float* temperature, OUT bf16* k_pages, OUT bf16* v_pages, OUT bf16* out, int n_heads, int n_kv_heads,
+        int head_dim, int n_pairs, int n_lanes, bool qk_norm, bool v_norm, bool v_is_k, bool interleaved, float eps,
+        float weight_offset) {
     const size_t token = blockIdx.x;
     const int half = head_dim / 2, lane = threadIdx.x % n_lanes, per_block = blockDim.x / n_lanes;
     const int n_in = n_heads + (v_is_k ? 1 : 2) * n_kv_heads;
-    const int slot = slots[token];
+    const int slot = slots ? slots[token] : -1;
     Angles turns;
     turns.load(angles + token * 2 * n_pairs, n_pairs, half, lane, n_lanes, interleaved);
     for (int begin = blockIdx.y * per_block; begin < n_in; begin += gridDim.y * per_block) {
@@ -193,9 +212,10 @@ extern "C" __global__ void __launch_bounds__(128) qk_norm_rope_cache(
             v.store(v_pages + to, half, lane, n_lanes);
             if (is_v) continue;
         }
-        x.multiply(scale);
+        if (!VARIED || qk_norm) x.multiply(scale);
         if (norm) x.multiply(weight, weight_offset);
-        turns.rotate(x, interleaved);
+        if (!VARIED || n_pairs) turns.rotate(x, interleaved);
+        if (VARIED && is_q && temperature) x.multiply(temperature[token]);
         x.store(is_q ? out + (token * n_heads + head) * head_dim : k_pages + to, half, lane, n_lanes);
     }
 }

@@ -82,12 +82,14 @@ class Batch:
     token_ids, positions  [n_tokens] int32
     pools                 one PagedBatch per KV pool
     kept                  [n_kept] int32: the rows whose final states somebody wants, or None for all. A prompt's other
-                          rows are there for their k and v, so the last layer stops once those are in the cache
+                          rows are there for their k and v, and are dropped once those are in the cache
     spans                 [(sequence, first kept row, end, context length)]: whose the kept rows are, the last so many
                           new tokens of each sequence
     to_take, to_sample    [(sequence, kept row)]: where the logits of a prompt position, or a next token, are wanted
     take_next             [n_take] int32: the token after each position of to_take, or 0
     edits, sampling       LogitEdits and SamplingBatch of the rows of to_sample
+    per_layer_rows        [n_tokens, n_layers * per_layer_input]: the tokens' rows of the second embedding table, where
+                          it stays on the host; else None
     """
 
     token_ids: np.ndarray
@@ -100,6 +102,7 @@ class Batch:
     to_sample: list
     edits: LogitEdits
     sampling: SamplingBatch
+    per_layer_rows: np.ndarray | None = None
 
     @classmethod
     def build(cls, work, kv_cache):
@@ -145,9 +148,10 @@ class Batch:
         """The rows of `pools`, over the kept tokens."""
         return [(begin, end, context) for _, begin, end, context in self.spans]
 
-    def kept_pool(self, p):
-        """Pool p with the kept tokens as its queries."""
-        return self.pools[p].keep(self.kept_rows)
+    @cached_property
+    def kept_pools(self):
+        """The pools with the kept tokens as their queries."""
+        return tuple(pool.keep(self.kept_rows) for pool in self.pools)
 
     @cached_property
     def take_rows(self):

@@ -9,7 +9,8 @@ from time import perf_counter
 from engine.errors import RawgemError
 from engine.llm import LLM, plan
 from engine.models import describe
-from engine.weights import account
+from engine.models.presets import PRESETS
+from engine.tensors import account
 from loaders.config import Config
 from loaders.hub import resolve
 from loaders.safetensors import Checkpoint
@@ -17,7 +18,7 @@ from loaders.safetensors import Checkpoint
 SAMPLING = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int,
             "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float, "min_tokens": int}
 ENGINE = {"device": str, "dtype": str, "max_seq_len": int, "max_seqs": int, "max_batch_tokens": int, "page_size": int,
-          "kv_cache_bytes": int, "memory_fraction": float}
+          "kv_cache_bytes": int, "memory_fraction": float, "ple": str}
 
 
 def main(argv=None):
@@ -39,12 +40,13 @@ def main(argv=None):
 
 
 def _parser():
-    parser = argparse.ArgumentParser(prog="rawgem", description="Run Gemma checkpoints, and see what they need.")
+    parser = argparse.ArgumentParser(prog="rawgem",
+                                     description="Run Gemma and Llama 4 checkpoints, and see what they need.")
     commands = parser.add_subparsers(dest="command", required=True)
 
-    def command(name, run, help_text, *option_groups):
+    def command(name, run, help_text, *option_groups, model="checkpoint directory, or a Hugging Face repo id"):
         sub = commands.add_parser(name, help=help_text, description=help_text)
-        sub.add_argument("model", help="checkpoint directory, or a Hugging Face repo id")
+        sub.add_argument("model", help=model)
         for options in option_groups:
             for option, kind in options.items():
                 sub.add_argument("--" + option.replace("_", "-"), type=kind, default=argparse.SUPPRESS)
@@ -60,7 +62,8 @@ def _parser():
     sub.add_argument("--message", help="answer this one message and leave")
     sub.add_argument("--system", help="a system message")
     command("inspect", _inspect, "List a checkpoint's tensors and what the engine makes of each.")
-    sub = command("plan", _plan, "What fits in memory, from config.json alone.", ENGINE)
+    sub = command("plan", _plan, "What fits in memory, from config.json alone.", ENGINE,
+                  model="checkpoint directory, a Hugging Face repo id, or one of " + ", ".join(PRESETS))
     sub.add_argument("--memory-bytes", type=float, help="memory to plan with, e.g. 141e9")
     return parser
 

@@ -24,6 +24,7 @@ class EngineConfig:
     prefix_caching: bool = True
     graphs: str | bool = "auto"
     gemm: str = "own"
+    ple: str = "device"
     draft_sampling: str = "argmax"
     relaxed_acceptance: object = None
     seed: int = 0
@@ -42,7 +43,7 @@ class EngineConfig:
         if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}, expected a number in (0, 1]")
         choices = {"prefix_caching": (True, False), "progress": (True, False), "graphs": ("auto", True, False),
-                   "gemm": ("own", "cublas"), "draft_sampling": ("argmax", "sample")}
+                   "gemm": ("own", "cublas"), "ple": ("device", "host"), "draft_sampling": ("argmax", "sample")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}, expected one of {', '.join(map(repr, allowed))}")

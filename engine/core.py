@@ -14,7 +14,8 @@ from engine.models.spec import ModelSpec
 from engine.scheduler import Scheduler
 from engine.step import Step
 from engine.step_inputs import Stager
-from engine.weights import Weights, checked_account, load
+from engine.tensors import checked_account
+from engine.weights import Weights, load
 from engine.workspace import Workspace
 
 
@@ -51,7 +52,7 @@ class Core:
         with lane.running():
             if lane.stages:
                 lane.ops.check(spec)
-            accounts = checked_account(spec, checkpoint.tensors)            # before anything large is allocated
+            accounts = checked_account(spec, checkpoint.tensors, config.ple)       # before anything large is allocated
             plan = plan_memory(spec, config, lane.name, lane.memory_bytes())
             n_bytes = sum(checkpoint.tensors[name].n_bytes for name in accounts.names.values())
             with bar(n_bytes) as loading:
@@ -62,7 +63,8 @@ class Core:
             layers = LayerScheduler(spec, weights, kv_cache, workspace, lane)
             stager = None
             if lane.stages:
-                stager = Stager(spec, kv_cache, plan.max_seq_len, config.max_batch_tokens, config.max_seqs, lane)
+                stager = Stager(spec, kv_cache, plan.max_seq_len, config.max_batch_tokens, config.max_seqs, lane,
+                                has_rows=weights.per_layer_rows is not None)
             can_capture = lane.has_graphs and config.gemm == "own"
             graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
             step = Step(layers, workspace, lane, stager, graphs)

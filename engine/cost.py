@@ -15,28 +15,41 @@ from engine.floor import (
 )
 from engine.op_cost import (
     add_norm,
+    add_norms,
     apply_edits,
     attention,
+    attention_temperature,
     embed,
+    gate_per_layer,
     gated_linear,
     linear,
     logit_softcap,
+    mix_per_layer,
+    moe_combine,
+    moe_gated_linear,
+    moe_linear,
+    moe_route,
     qk_norm_rope_cache,
     rms_norm,
     rope_angles,
+    router_norm,
     sample,
+    scale_rows,
     select_rows,
     top_logprobs,
 )
 from engine.roofline import Ceilings, Cost
 
-__all__ = ["OPS", "Ceilings", "Cost", "add_norm", "apply_edits", "attention", "embed", "experts", "floor",
-           "floor_parts", "gated_linear", "launch_share", "linear", "logit_softcap", "n_matrix_weights", "of",
-           "qk_norm_rope_cache", "rms_norm", "rope_angles", "sample", "select_rows", "speculation_ceiling",
-           "top_logprobs", "visible"]
+__all__ = ["OPS", "Ceilings", "Cost", "add_norm", "add_norms", "apply_edits", "attention", "attention_temperature",
+           "embed", "experts", "floor", "floor_parts", "gate_per_layer", "gated_linear", "launch_share", "linear",
+           "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear", "moe_linear", "moe_route",
+           "n_matrix_weights", "of", "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample",
+           "scale_rows", "select_rows", "speculation_ceiling", "top_logprobs", "visible"]
 
-OPS = {op.__name__: op for op in (add_norm, apply_edits, attention, embed, gated_linear, linear, logit_softcap,
-                                  qk_norm_rope_cache, rms_norm, rope_angles, sample, select_rows, top_logprobs)}
+OPS = {op.__name__: op for op in (add_norm, add_norms, apply_edits, attention, attention_temperature, embed,
+                                  gate_per_layer, gated_linear, linear, logit_softcap, mix_per_layer, moe_combine,
+                                  moe_gated_linear, moe_linear, moe_route, qk_norm_rope_cache, rms_norm, rope_angles,
+                                  router_norm, sample, scale_rows, select_rows, top_logprobs)}
 
 
 def of(op_name, args, kwargs=None):

@@ -19,12 +19,15 @@ def explain(llm):
     at = 0
     for layer, group in groupby(spec.layers):
         n = len(list(group))
-        attention = layer.attention
-        lines.append(f"  layers {at}..{at + n - 1}: {attention.kind} attention, {attention.n_heads} query and "
-                     f"{attention.n_kv_heads} KV heads of {attention.head_dim}"
-                     + (", v is the k projection" if attention.v_is_k else "")
-                     + f"; dense MLP {layer.mlp.intermediate}")
+        lines.append(f"  layers {at}..{at + n - 1}: {_attention(layer)}; {_mlp(layer)}")
         at += n
+    if spec.first_shared is not None:
+        lines.append(f"  layers from {spec.first_shared} on own no K and V: a prompt's positions whose states nobody "
+                     f"asked for end before layer {spec.first_shared} of {len(spec.layers)}")
+    if spec.per_layer_input:
+        lines.append(f"per-layer inputs: {spec.per_layer_input} values for each of {len(spec.layers)} layers, table of "
+                     f"{spec.per_layer_vocab} rows " + ("on the lane (ple='device')" if config.ple == "device" else
+                     "in the checkpoint's file; a step's rows are copied with its inputs (ple='host')"))
     for pool, pages in zip(llm.plan().pools, llm.kv_cache.allocators, strict=True):
         lines.append(f"  pool {pool.kind}: {pages.n_pages} pages of {pool.page_size} tokens, {pages.n_free} free")
     lines.append("head: " + ("its own matrix" if llm.weights.head is not llm.weights.embed else
@@ -42,6 +45,22 @@ def explain(llm):
         lines.append(f"tensors in the file that a text run does not read: {len(llm.weights.unused)} "
                      f"({', '.join(llm.weights.unused[:3])}{', ...' if len(llm.weights.unused) > 3 else ''})")
     return "\n".join(lines)
+
+
+def _attention(layer):
+    a = layer.attention
+    return (f"{a.kind} attention, {a.n_heads} query and {a.n_kv_heads} KV heads of {a.head_dim}"
+            + (", v is the k projection" if a.v_is_k else "") + (", no positions (NoPE)" if a.rope is None else "")
+            + ("" if a.temperature is None else f", queries grow from position {a.temperature.floor - 1} on")
+            + ("" if layer.kv_from is None else f", K and V of layer {layer.kv_from}"))
+
+
+def _mlp(layer):
+    if layer.moe is None:
+        return f"dense MLP {layer.dense.intermediate}"
+    moe = layer.moe
+    return (f"{moe.n_experts} experts of {moe.intermediate}, {moe.experts_per_token} a token by {moe.routing}, beside "
+            f"a dense MLP {moe.dense.intermediate}")
 
 
 def _least(spec, itemsize, max_seq_len, max_batch_tokens):

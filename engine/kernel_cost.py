@@ -20,6 +20,18 @@ def select_rows_cost(n_kept, n_distinct, row_words):
     return Cost(4 * n_kept + 4 * (n_distinct + n_kept) * row_words)
 
 
+def scale_rows_cost(n_tokens, k, hidden, itemsize=2):
+    return Cost(itemsize * n_tokens * (1 + k) * hidden + 4 * n_tokens * k)
+
+
+def gate_per_layer_cost(n_rows, width, itemsize=2):
+    return Cost(3 * itemsize * n_rows * width)
+
+
+def mix_per_layer_cost(n_rows, width, itemsize=2):
+    return Cost(itemsize * (3 * n_rows + 1) * width)
+
+
 def rms_norm_cost(n_rows, hidden, has_weight=True, itemsize=2):
     return Cost(itemsize * (2 * n_rows + has_weight) * hidden)
 
@@ -28,20 +40,60 @@ def add_norm_cost(n_rows, hidden, has_post_weight=True, has_layer_scalar=False, 
     return Cost(itemsize * ((4 * n_rows + 1 + has_post_weight) * hidden + has_layer_scalar))
 
 
+def add_residual_cost(n_rows, hidden, has_post_weight=True, has_layer_scalar=False, itemsize=2):
+    return Cost(itemsize * ((3 * n_rows + has_post_weight) * hidden + has_layer_scalar))
+
+
+def add_norms_cost(n_rows, hidden, itemsize=2):
+    return Cost(itemsize * (3 * n_rows + 2) * hidden)
+
+
+def router_norm_cost(n_rows, hidden, itemsize=2):
+    return Cost(itemsize * (2 * n_rows + 1) * hidden)
+
+
 def rope_angles_cost(n_tokens, n_pairs):
     return Cost(4 * n_tokens + 4 * n_pairs + 8 * n_tokens * n_pairs)
 
 
-def qk_norm_rope_cache_cost(n_tokens, n_in, n_heads, n_kv_heads, head_dim, n_pairs, itemsize=2):
-    """n_in: heads of qkv, which v shares with k where it has no projection of its own."""
-    return Cost(itemsize * head_dim * (n_tokens * (n_in + n_heads + 2 * n_kv_heads) + 2)
-                + 8 * n_tokens * n_pairs + 4 * n_tokens)
+def attention_temperature_cost(n_tokens):
+    return Cost(8 * n_tokens)
+
+
+def qk_norm_rope_cache_cost(n_tokens, n_in, n_heads, n_kv_heads, head_dim, n_pairs, itemsize=2, n_weights=2,
+                            has_slots=True, has_temperature=False):
+    """n_in: heads of qkv, which v shares with k where it has no projection of its own; n_weights: of q_norm and k_norm,
+    how many there are."""
+    return Cost(itemsize * head_dim * (n_tokens * (n_in + n_heads + 2 * n_kv_heads) + n_weights)
+                + 4 * n_tokens * (2 * n_pairs + has_slots + has_temperature))
 
 
 def gemm_cost(n_tokens, n_in, n_rows, n_out, out_bytes=2, residual_bytes=0, n_partials=0, n_counters=0, itemsize=2):
     """n_rows: of the weight, twice n_out where it is gated; out_bytes and residual_bytes: of one element."""
     return Cost(itemsize * n_in * (n_rows + n_tokens) + (out_bytes + residual_bytes) * n_tokens * n_out,
                 8 * (n_partials + n_counters), 2 * n_tokens * n_in * n_rows)
+
+
+def moe_pick_cost(n_tokens, n_experts, n_chosen, n_scales=0, itemsize=2):
+    """n_scales: experts whose scale is read."""
+    return Cost(itemsize * (n_tokens * n_experts + n_scales) + 8 * n_tokens * n_chosen)
+
+
+def moe_order_cost(n_pairs, n_experts):
+    return Cost(8 * n_pairs + 4 * (n_experts + 1))
+
+
+def moe_gemm_cost(n_in, n_active, n_rows, n_x_rows, n_out, n_pairs, n_experts, out_bytes, itemsize=2):
+    """n_active: experts with pairs; n_rows: of one expert's weight, twice n_out where it is gated."""
+    return Cost(itemsize * n_in * (n_active * n_rows + n_x_rows) + out_bytes * n_pairs * n_out,
+                4 * (n_pairs + n_experts + 1), 2 * n_pairs * n_in * n_rows)
+
+
+moe_gemm_in_out_cost = moe_gemm_cost
+
+
+def moe_combine_cost(n_tokens, n_chosen, hidden, has_weights=True, itemsize=2):
+    return Cost(n_tokens * (4 * n_chosen * hidden + 4 * has_weights * n_chosen + itemsize * hidden))
 
 
 def gated_activation_cost(n_tokens, n_out):

@@ -1,27 +1,40 @@
 """The paged KV cache: one pool per kind of attention layer, pages handed to sequences and taken back.
 
-A pool holds K and V of all layers that share a window and a head geometry; a page is `page_size` consecutive positions
-of one sequence in every one of those layers. Sliding pools take pages back as soon as the window has passed them.
+A pool holds K and V of all layers that share a window or chunk and a head geometry; a page is `page_size` consecutive
+positions of one sequence in every one of those layers. Local pools take pages back as soon as the window has passed
+them, or the chunk they lie in has ended. Layers that read another's K and V own no pages.
 """
 
 from bisect import bisect_left
 from dataclasses import dataclass
+from math import gcd
 
 from engine.models.spec import attention_kind
 
 
 @dataclass(frozen=True)
 class PoolSpec:
-    """What one pool stores. `layers` are the model's layer numbers it serves, in order; window None is global."""
+    """What one pool stores. Without window and chunk it is global.
+
+    layers  numbers of the model's layers whose K and V it holds, in order
+    shared  (layer, owner) of layers that read the K and V of one of these
+    """
 
     window: int | None
     n_kv_heads: int
     head_dim: int
     layers: tuple
+    chunk: int | None = None
+    shared: tuple = ()
 
     @property
     def kind(self):
-        return attention_kind(self.window)
+        return attention_kind(self.window, self.chunk)
+
+    @property
+    def is_local(self):
+        """Whether a sequence gives pages back while it grows."""
+        return self.window is not None or self.chunk is not None
 
     def token_bytes(self, itemsize):
         """Bytes of K and V of one position in all of the pool's layers."""
@@ -30,25 +43,46 @@ class PoolSpec:
     def pages_needed(self, n_tokens, page_size):
         """Most pages that a sequence of `n_tokens` computed one token at a time holds at once."""
         n_pages = -(-n_tokens // page_size)
-        return n_pages if self.window is None else min(n_pages, self.live_pages(1, page_size))
+        if self.window is not None:
+            return min(n_pages, self.live_pages(1, page_size))
+        if self.chunk is None or n_tokens <= self.chunk:
+            return n_pages
+        # A chunk is held until the first position of the next is there. Where chunks begin in a page repeats.
+        starts = range(0, n_tokens, self.chunk)[:page_size // gcd(self.chunk, page_size)]
+        return max(min(start + self.chunk, n_tokens - 1) // page_size - start // page_size + 1 for start in starts)
 
     def live_pages(self, n_new, page_size):
-        """Most pages of a sliding pool that hold the `window + 1` positions kept plus `n_new` being computed."""
-        return (self.window + 1 + n_new + page_size - 2) // page_size + 1
+        """Most pages of a local pool that hold the positions kept, `window + 1` or a chunk, plus `n_new` being
+        computed."""
+        if self.window is not None:
+            return (self.window + 1 + n_new + page_size - 2) // page_size + 1
+        latest_start = page_size - gcd(self.chunk, page_size)       # in its page
+        return (latest_start + self.chunk + n_new - 1) // page_size + 1
 
     def first_live(self, n_cached):
-        """The oldest position still needed: a page is freed only when it lies wholly below P - window, with P the last
-        committed position, because rejected drafts move the window back (and a draft model reads P - window too)."""
-        return 0 if self.window is None else max(0, n_cached - 1 - self.window)
+        """The oldest position still needed, P being the last committed one.
+
+        A page is freed only when it lies wholly below P - window, because rejected drafts move the window back (and a
+        draft model reads P - window too), or wholly below the chunk of P, for the same reason: not yet below the next.
+        """
+        last = max(0, n_cached - 1)
+        if self.window is not None:
+            return max(0, last - self.window)
+        return 0 if self.chunk is None else last - last % self.chunk
 
 
 def pool_specs(spec):
     """The pools a ModelSpec needs, in the order of the first layer that uses each."""
-    layers = {}
+    layers, shared = {}, {}
     for i, layer in enumerate(spec.layers):
         attention = layer.attention
-        layers.setdefault((attention.window, attention.n_kv_heads, attention.head_dim), []).append(i)
-    return tuple(PoolSpec(*key, layers=tuple(ids)) for key, ids in layers.items())
+        key = attention.window, attention.chunk, attention.n_kv_heads, attention.head_dim
+        if layer.kv_from is None:
+            layers.setdefault(key, []).append(i)
+        else:
+            shared.setdefault(key, []).append((i, layer.kv_from))
+    return tuple(PoolSpec(window, n_kv_heads, head_dim, tuple(ids), chunk, tuple(shared.get(key, ())))
+                 for key, ids in layers.items() for window, chunk, n_kv_heads, head_dim in (key,))
 
 
 class PageAllocator:
@@ -114,7 +148,8 @@ class KVCache:
     """The pools of one engine and the pages each sequence holds in them.
 
     `k[p][j]` and `v[p][j]` are [n_pages, page_size, n_kv_heads, head_dim] for pool p and the j-th
-    of its layers; `layer_slot[i]` is the (p, j) of model layer i. Memory is not touched until a page is written.
+    of its layers; `layer_slot[i]` is the (p, j) of model layer i, or of the layer whose K and V it reads. Memory is not
+    touched until a page is written.
     """
 
     def __init__(self, specs, n_pages, page_size, lane):
@@ -124,6 +159,7 @@ class KVCache:
         self.k = [lane.empty(shape) for shape in shapes]
         self.v = [lane.empty(shape) for shape in shapes]
         self.layer_slot = {i: (p, j) for p, spec in enumerate(specs) for j, i in enumerate(spec.layers)}
+        self.layer_slot |= {i: self.layer_slot[owner] for spec in specs for i, owner in spec.shared}
 
     def new_page_lists(self):
         """Empty holdings for a new sequence, one PageList a pool."""
@@ -149,7 +185,7 @@ class KVCache:
                    for spec, allocator in zip(self.specs, self.allocators, strict=True))
 
     def trim(self, sequence):
-        """Takes back the pages that lie wholly before the sequence's window."""
+        """Takes back the pages that lie wholly before the sequence's window or chunk."""
         for spec, held, allocator in zip(self.specs, sequence.page_lists, self.allocators, strict=True):
             n_stale = min(spec.first_live(sequence.n_cached) // self.page_size - held.first, len(held.pages))
             if n_stale > 0:

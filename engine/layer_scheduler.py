@@ -1,18 +1,37 @@
 """The model's forward pass: walks the LayerSpecs and launches ops in written order, into the workspace."""
 
-from engine.models.spec import AttentionSpec, DenseSpec
-from engine.workspace import ropes
+from engine.attention_block import AttentionBlock
+from engine.feed_forward import FeedForward
+from engine.models.spec import AttentionSpec, DenseSpec, MoeSpec
+from engine.norms import Norms
+from engine.per_layer_inputs import PerLayerInputs
+from engine.positions import Positions
 
 
 class LayerScheduler:
-    """Runs batches through one model. Allocates nothing of its own in a step, reads nothing back."""
+    """Runs batches through one model. Allocates nothing of its own in a step, reads nothing back.
+
+    drops_at  the layer from which on only the rows are computed whose final states somebody wants: spec.drops_at, or
+              any layer behind it
+    """
 
     def __init__(self, spec, weights, kv_cache, workspace, lane):
         _refuse_unknown(spec)
         self.spec, self.weights, self.kv_cache, self.workspace = spec, weights, kv_cache, workspace
-        self.ops = lane.ops
+        self.drops_at = spec.drops_at
         self._embed_scale = float(lane.dtype.type(spec.embed_scale))
-        self._inv_freq = {(rope, head_dim): lane.to_device(rope.inv_freq(head_dim)) for rope, head_dim in ropes(spec)}
+        self._positions = Positions(spec, workspace, lane)
+        self._attention = AttentionBlock(spec, weights.norm_offset, workspace, lane.ops)
+        self._norms = Norms(spec, weights.norm_offset, lane.ops)
+        self._feed_forward = FeedForward(self._norms, workspace, lane.ops)
+        self._per_layer = PerLayerInputs(spec, weights, self._norms, workspace, lane) if spec.per_layer_input else None
+        self.use(lane.ops)
+
+    def use(self, ops):
+        """Launches the ops of that table from now on: the lane's, or one that watches them."""
+        parts = self, self._positions, self._attention, self._norms, self._feed_forward, self._per_layer
+        for part in filter(None, parts):
+            part.ops = ops
 
     def run(self, batch, observe=None):
         """Computes `batch`, leaving its K and V in the cache. Returns the states after the final norm,
@@ -20,30 +39,43 @@ class LayerScheduler:
 
         observe(j, residual)  called with the residual stream [n_tokens, hidden] before layer j and once after the last
         """
-        spec, weights, ops, rows = self.spec, self.weights, self.ops, self.workspace.rows
-        n, norm = batch.n_tokens, (spec.norm_eps, weights.norm_offset)
-        residual, normed, branch = (rows(name, n, spec.hidden) for name in ("residual", "normed", "branch"))
-        ops.embed(weights.embed, batch.token_ids, self._embed_scale, residual)
-        angles = self._angles(batch.positions)
+        spec, weights, norms, kept, rows = self.spec, self.weights, self._norms, batch.kept, self.workspace.rows
+        residual, normed, branch = (rows(name, batch.n_tokens, spec.hidden)
+                                    for name in ("residual", "normed", "branch"))
+        self.ops.embed(weights.embed, batch.token_ids, self._embed_scale, residual)
+        self._positions.compute(batch.positions)
+        inputs = self._per_layer.compute(batch, residual) if self._per_layer else None
         if observe:
             observe(0, residual)
-        ops.rms_norm(residual, weights.layers[0].input_norm, *norm, normed)
+        norms.norm(residual, weights.layers[0].input_norm, normed)
+        pools = batch.pools
         for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
-            is_last = i + 1 == len(spec.layers)
             pool, slot = self.kv_cache.layer_slot[i]
-            paged, pages = batch.pools[pool], (self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot])
-            q = self._project(layer.attention, w, normed, angles, paged.slots, pages)
-            if is_last and batch.kept is not None:
-                n = len(batch.kept)
-                paged = batch.kept_pool(pool)
-                q = ops.select_rows(q, batch.kept, rows("kept_q", n, layer.attention.q_width))
-                residual = ops.select_rows(residual, batch.kept, rows("kept", n, spec.hidden))
-                normed, branch = rows("normed", n, spec.hidden), rows("branch", n, spec.hidden)
-            self._attend(layer.attention, w, q, pages, paged, branch)
-            ops.add_norm(residual, branch, w.post_attention_norm, w.pre_mlp_norm, *norm, None, normed)
-            self._feed_forward(layer.mlp, w, normed, branch)
-            next_norm = weights.norm if is_last else weights.layers[i + 1].input_norm
-            ops.add_norm(residual, branch, w.post_mlp_norm, next_norm, *norm, w.layer_scalar, normed)
+            pages = self.kv_cache.k[pool][slot], self.kv_cache.v[pool][slot]
+            drops, owns = kept is not None and i == self.drops_at, layer.kv_from is None
+            if drops and not owns:                              # nothing of the other rows is needed any more
+                if not len(kept):
+                    return normed[:0]
+                self._positions.keep(kept)
+                normed = self._kept("normed", normed, kept)
+            q = self._attention.project(layer, w, normed, self._positions, pools[pool].slots, pages)
+            if drops and owns:                                  # their k and v are in the cache
+                if not len(kept):
+                    return normed[:0]
+                q = self._kept("q", q, kept)
+            if drops:
+                pools, residual = batch.kept_pools, self._kept("residual", residual, kept)
+                inputs = self._per_layer.keep(inputs, kept) if self._per_layer else None
+                normed, branch = (rows(name, len(kept), spec.hidden) for name in ("normed", "branch"))
+            self._attention.attend(layer, w, q, pages, pools[pool], branch)
+            norms.add(residual, branch, w.post_attention_norm, w.pre_mlp_norm, None, normed)
+            self._feed_forward(layer, w, residual, normed, branch)
+            next_norm = weights.norm if i + 1 == len(spec.layers) else weights.layers[i + 1].input_norm
+            if inputs is None:
+                norms.add(residual, branch, w.post_mlp_norm, next_norm, w.layer_scalar, normed)
+            else:
+                norms.add(residual, branch, w.post_mlp_norm, None, None, None)
+                self._per_layer.add(i, w, inputs, residual, next_norm, branch, normed)
             if observe:
                 observe(i + 1, residual)
         return normed
@@ -56,47 +88,23 @@ class LayerScheduler:
             self.ops.logit_softcap(out, self.spec.logit_softcap)
         return out
 
-    def _angles(self, positions):
-        """{(rope, head_dim): cos and sin [n_tokens, 2, n_pairs]} at `positions`."""
-        n, angles = len(positions), {}
-        for i, (key, inv_freq) in enumerate(self._inv_freq.items()):
-            n_pairs = len(inv_freq)
-            angles[key] = self.workspace.rows(f"angles{i}", n, 2 * n_pairs).reshape(n, 2, n_pairs)
-            self.ops.rope_angles(positions, inv_freq, angles[key])
-        return angles
-
-    def _project(self, attention, w, normed, angles, slots, pages):
-        """q [n_tokens, n_heads * head_dim]; k and v are in `pages`, (k_pages, v_pages), afterwards."""
-        qkv = self.workspace.rows("qkv", len(normed), attention.qkv_width)
-        q = self.workspace.rows("q", len(normed), attention.q_width)
-        self.ops.linear(normed, w.qkv, qkv, self.workspace.scratch)
-        self.ops.qk_norm_rope_cache(
-            qkv, w.q_norm, w.k_norm, angles[attention.rope, attention.head_dim], slots, *pages,
-            n_heads=attention.n_heads, v_norm=attention.v_norm, v_is_k=attention.v_is_k, eps=self.spec.norm_eps,
-            weight_offset=self.weights.norm_offset, interleaved=attention.rope.interleaved, out=q)
-        return q
-
-    def _attend(self, attention, w, q, pages, paged, out):
-        mixed = self.workspace.rows("mixed", len(q), attention.q_width)
-        self.ops.attention(q, *pages, paged, scale=attention.scale, out=mixed, scratch=self.workspace.scratch,
-                           window=attention.window)
-        self.ops.linear(mixed, w.o, out, self.workspace.scratch)
-
-    def _feed_forward(self, mlp, w, normed, out):
-        act = self.workspace.rows("act", len(normed), mlp.intermediate)
-        self.ops.gated_linear(normed, w.gate_up, act, self.workspace.scratch)
-        self.ops.linear(act, w.down, out, self.workspace.scratch)
+    def _kept(self, name, x, kept):
+        """The rows `kept` of x, a buffer of that name."""
+        return self.ops.select_rows(x, kept, self.workspace.rows("kept_" + name, len(kept), x.shape[1]))
 
 
 def _refuse_unknown(spec):
     """Raises TypeError for what a ModelSpec can say and no branch here does."""
-    if spec.per_layer_input:
-        raise TypeError(f"no branch for per-layer inputs, of {spec.per_layer_input}")
     for i, layer in enumerate(spec.layers):
         attention, mlp = layer.attention, layer.mlp
-        if type(attention) is not AttentionSpec or type(mlp) is not DenseSpec:
+        if type(attention) is not AttentionSpec or type(mlp) not in (DenseSpec, MoeSpec):
             raise TypeError(f"layer {i}: no branch for {type(attention).__name__} and {type(mlp).__name__}")
-        if attention.chunk is not None:
-            raise TypeError(f"layer {i}: no branch for {attention.kind} attention")
-        if layer.kv_from is not None:
-            raise TypeError(f"layer {i}: no branch for reading the K and V of layer {layer.kv_from}")
+        if type(mlp) is MoeSpec and (mlp.dense is None or mlp.routing not in ("softmax", "sigmoid")):
+            raise TypeError(f"layer {i}: no branch for experts by {mlp.routing!r} routing "
+                            f"{'beside' if mlp.dense else 'without'} a dense MLP")
+        is_shared = layer.kv_from is not None
+        if is_shared and not (layer.kv_from < i and spec.layers[layer.kv_from].kv_from is None):
+            raise TypeError(f"layer {i}: no branch for reading the K and V of layer {layer.kv_from}, which has none of "
+                            "its own before it")
+        if is_shared != (spec.first_shared is not None and i >= spec.first_shared):
+            raise TypeError(f"layer {i}: no branch for K and V of its own behind layers that read another's")

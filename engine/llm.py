@@ -13,6 +13,7 @@ from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
 from engine.explain import explain
 from engine.memory_plan import plan_memory
 from engine.models import describe
+from engine.models.presets import PRESETS, preset
 from engine.outputs import ForwardOutput, RequestMetrics, RequestOutput, StreamPiece
 from engine.random import request_seed
 from engine.sampler import MAX_VOCAB
@@ -42,6 +43,8 @@ class LLM:
     memory_fraction   share of the GPU's free memory (or of plan's memory_bytes) to use
     prefix_caching    accepted; has no effect yet
     graphs            True and "auto" replay decode steps as CUDA graphs on cuda; False launches every kernel
+    ple               device | host: where the table of per-layer inputs lies (Gemma 4 E-series; without effect on
+                      others); host leaves it in the file and copies the rows that a step's tokens need
     gemm              own | cublas: matrix products on cuda; with cublas a row's bits may depend on its batch, and steps
                       are no graphs
     seed              64-bit; requests without a seed of their own draw from (seed, submission counter)
@@ -51,7 +54,8 @@ class LLM:
 
     def __init__(self, model, device="auto", dtype="auto", draft=None, n_draft_tokens=4, max_seq_len=None, max_seqs=64,
                  max_batch_tokens=2048, page_size=16, kv_cache_bytes=None, memory_fraction=0.9, prefix_caching=True,
-                 graphs="auto", gemm="own", draft_sampling="argmax", relaxed_acceptance=None, seed=0, progress=True):
+                 graphs="auto", ple="device", gemm="own", draft_sampling="argmax", relaxed_acceptance=None, seed=0,
+                 progress=True):
         arguments = dict(locals())
         self.config = EngineConfig(**{field.name: arguments[field.name] for field in fields(EngineConfig)})
         self.lane = open_lane(device, dtype, gemm)
@@ -292,12 +296,16 @@ def _default_params(sampling):
 def plan(model, memory_bytes=None, **arguments):
     """The MemoryPlan of a model under LLM arguments, from its config.json alone: needs no GPU and no weights.
 
+    model         as LLM's, or the name of a preset ("gemma-4-31b"; engine/models/presets.py has all)
     memory_bytes  memory to plan with; None is this host's. device="cuda" plans bfloat16 and needs it given
     """
     config = EngineConfig(**arguments)
     if memory_bytes is not None and not (is_number(memory_bytes) and memory_bytes > 0):
         raise ConfigError(f"memory_bytes is {memory_bytes!r}, expected a number of bytes > 0")
-    spec = describe(Config.load(resolve(model, files=("config.json",), progress=config.progress)))
+    if model in PRESETS and not Path(model).exists():
+        spec = preset(model)
+    else:
+        spec = describe(Config.load(resolve(model, files=("config.json",), progress=config.progress)))
     kind = lane_of(config.device, config.dtype)
     if kind == "cuda" and memory_bytes is None:
         raise ConfigError(f"plan for device {config.device!r} needs memory_bytes, the memory of the GPU planned for")

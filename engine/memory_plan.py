@@ -9,7 +9,7 @@ from engine.errors import ConfigError, MemoryPlanError
 from engine.floor import floor
 from engine.kv_cache import PoolSpec, pool_specs
 from engine.step_inputs import Stager
-from engine.weights import n_weights
+from engine.tensors import n_weights
 from engine.workspace import Workspace
 
 HOST_SHARE = 4      # by default the KV cache takes a quarter of the host memory that is left: other programs live there
@@ -82,7 +82,8 @@ class MemoryPlan:
         for pool in self.pools:
             rows.append((f"KV {pool.kind}", pool.n_bytes, f"{pool.n_pages} pages of {pool.page_size}: {pool.n_tokens} "
                          f"tokens, {pool.token_bytes} bytes a token in {len(pool.spec.layers)} layers "
-                         f"({pool.spec.n_kv_heads} KV heads of {pool.spec.head_dim})"))
+                         f"({pool.spec.n_kv_heads} KV heads of {pool.spec.head_dim})"
+                         + (f", which {len(pool.spec.shared)} more read" if pool.spec.shared else "")))
         rows += [("workspace", self.workspace_bytes, ""), ("free", self.free_bytes, "")]
         lines = [f"{name:<18}{n_bytes / 2**20:>12.1f} MiB  {note}".rstrip() for name, n_bytes, note in rows]
         lines.append(f"longest sequence {self.max_seq_len} tokens; {self.n_full_seqs} of that length at once")
@@ -102,11 +103,12 @@ def plan_memory(spec, config, kind, memory_bytes=None):
     if limit > spec.max_positions:
         raise ConfigError(f"max_seq_len is {limit}, the model's max_position_embeddings is {spec.max_positions}")
     itemsize, specs = DTYPES[kind].itemsize, pool_specs(spec)
-    weights_bytes = n_weights(spec) * itemsize
+    weights_bytes = n_weights(spec, config.ple) * itemsize
     workspace_bytes = Workspace.n_bytes(spec, config.max_batch_tokens, config.max_seqs, itemsize,
                                         ops_of(kind, config.gemm))
     if kind != "cpu":
-        workspace_bytes += Stager.n_bytes(specs, config.max_batch_tokens, config.max_seqs, limit, config.page_size)
+        workspace_bytes += Stager.n_bytes(specs, config.max_batch_tokens, config.max_seqs, limit, config.page_size,
+                                          spec.per_layer_width * itemsize if config.ple == "host" else 0)
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
     left = memory - weights_bytes - workspace_bytes
     kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)
@@ -143,17 +145,17 @@ def _longest_that_fits(specs, page_size, page_bytes, kv_bytes, limit):
 
 def _size_pools(specs, config, page_bytes, kv_bytes, max_seq_len):
     """Pages of each pool: one longest sequence first, then up to max_seqs of them. Where that is more than there is,
-    sliding pools get at most half of the rest: short sequences need as many pages of one kind as of the other."""
+    local pools get at most half of the rest: short sequences need as many pages of one kind as of the other."""
     size = config.page_size
     base = [pool.pages_needed(max_seq_len, size) for pool in specs]
-    # Beyond its window a sliding pool also holds, for a moment, the tokens of the step at hand.
+    # Beyond its window or chunk a local pool also holds, for a moment, the tokens of the step at hand.
     most = [min(config.max_seqs * -(-max_seq_len // size),
-                config.max_seqs * (pages + 1) + -(-config.max_batch_tokens // size)) if pool.window else
+                config.max_seqs * (pages + 1) + -(-config.max_batch_tokens // size)) if pool.is_local else
             config.max_seqs * pages for pool, pages in zip(specs, base, strict=True)]
     pages, rest = list(base), kv_bytes - sum(n * b for n, b in zip(base, page_bytes, strict=True))
-    sliding = [i for i, pool in enumerate(specs) if pool.window]
-    others = [i for i, pool in enumerate(specs) if not pool.window]
-    for group, share in ((sliding, rest // 2 if others else rest), (others, None), (sliding, None)):
+    local = [i for i, pool in enumerate(specs) if pool.is_local]
+    others = [i for i, pool in enumerate(specs) if not pool.is_local]
+    for group, share in ((local, rest // 2 if others else rest), (others, None), (local, None)):
         wanted = sum((most[i] - pages[i]) * page_bytes[i] for i in group)
         granted = min(wanted, rest if share is None else share)
         for i in group:

@@ -10,18 +10,29 @@ import numpy as np
 from engine.floor import visible
 from engine.kernel_cost import (
     add_norm_cost,
+    add_norms_cost,
+    add_residual_cost,
     apply_edits_cost,
     attention_cost,
+    attention_temperature_cost,
     count_weights_cost,
     draw_cost,
     embed_cost,
+    gate_per_layer_cost,
     gemm_cost,
     largest_logit_cost,
     list_likeliest_cost,
     logit_softcap_cost,
+    mix_per_layer_cost,
+    moe_combine_cost,
+    moe_gemm_cost,
+    moe_order_cost,
+    moe_pick_cost,
     qk_norm_rope_cache_cost,
     rms_norm_cost,
     rope_angles_cost,
+    router_norm_cost,
+    scale_rows_cost,
     select_rows_cost,
     sum_weights_cost,
 )
@@ -45,24 +56,52 @@ def select_rows(x, rows, out):
     return select_rows_cost(n_kept, min(n_kept, n), width * x.dtype.itemsize // 4)
 
 
-def rms_norm(x, weight, eps, weight_offset, out):
+def scale_rows(x, weights, out):
+    return scale_rows_cost(*weights.shape, x.shape[1], x.dtype.itemsize)
+
+
+def gate_per_layer(gate, inputs, layer, out):
+    return gate_per_layer_cost(*gate.shape, gate.dtype.itemsize)
+
+
+def mix_per_layer(context, tokens, weight, factor, eps, out):
+    (n_tokens, widths), width = context.shape, weight.shape[0]
+    return mix_per_layer_cost(n_tokens * widths // width, width, context.dtype.itemsize)
+
+
+def rms_norm(x, weight, eps, weight_offset, out, round_first=False):
     return rms_norm_cost(*x.shape, weight is not None, x.dtype.itemsize)
 
 
-def add_norm(residual, branch, post_weight, next_weight, eps, weight_offset, layer_scalar, out):
-    return add_norm_cost(*branch.shape, post_weight is not None, layer_scalar is not None, branch.dtype.itemsize)
+def add_norm(residual, branch, post_weight, next_weight, eps, weight_offset, layer_scalar, out, round_first=False):
+    cost = add_residual_cost if out is None else add_norm_cost
+    return cost(*branch.shape, post_weight is not None, layer_scalar is not None, branch.dtype.itemsize)
+
+
+def add_norms(a, a_weight, b, b_weight, eps, weight_offset, out):
+    return add_norms_cost(*a.shape, a.dtype.itemsize)
+
+
+def router_norm(x, scale, factor, eps, out):
+    return router_norm_cost(*x.shape, x.dtype.itemsize)
 
 
 def rope_angles(positions, inv_freq, out):
     return rope_angles_cost(positions.shape[0], inv_freq.shape[0])
 
 
+def attention_temperature(positions, scale, floor, out):
+    return attention_temperature_cost(positions.shape[0])
+
+
 def qk_norm_rope_cache(qkv, q_norm, k_norm, angles, slots, k_pages, v_pages, *, n_heads, v_norm, v_is_k, eps,
-                       weight_offset, interleaved=False, out):
+                       weight_offset, interleaved=False, qk_norm="weighted", temperature=None, out):
     """Every token is taken to have a slot."""
-    n_kv_heads, head_dim = k_pages.shape[2:]
+    n_kv_heads, head_dim = (0, out.shape[1] // n_heads) if k_pages is None else k_pages.shape[2:]
+    weights = [q_norm, k_norm if n_kv_heads else None] if qk_norm == "weighted" else []
     return qk_norm_rope_cache_cost(qkv.shape[0], qkv.shape[1] // head_dim, n_heads, n_kv_heads, head_dim,
-                                   angles.shape[2], qkv.dtype.itemsize)
+                                   0 if angles is None else angles.shape[2], qkv.dtype.itemsize,
+                                   sum(w is not None for w in weights), slots is not None, temperature is not None)
 
 
 def linear(x, weight, out, scratch=None, residual=None):
@@ -81,6 +120,39 @@ def _product(x, weight, out, residual_bytes):
     has_partials = itemsize == KERNEL_ITEMSIZE
     partials = gemm.plan(n_rows, n_in, n_tokens).scratch_size if has_partials else (0, 0)
     return gemm_cost(n_tokens, n_in, n_rows, out.shape[1], out.dtype.itemsize, residual_bytes, *partials, itemsize)
+
+
+def moe_route(logits, per_expert_scale, routing, routes, scratch=None):
+    """As many different experts are taken to be chosen as there can be."""
+    n_tokens, n_experts, n_chosen = *logits.shape, routes.experts.shape[1]
+    n_pairs = n_tokens * n_chosen
+    n_scales = 0 if per_expert_scale is None else min(n_experts, n_pairs)
+    pick = moe_pick_cost(n_tokens, n_experts, n_chosen, n_scales, logits.dtype.itemsize)
+    return pick + moe_order_cost(n_pairs, n_experts)
+
+
+def moe_gated_linear(x, weight, routes, out, by_pair, activation, in_out, scratch=None):
+    return _experts(x, weight, routes, out, 2 * out.shape[1])
+
+
+def moe_linear(x, weight, routes, out, in_out, scratch=None):
+    return _experts(x, weight, routes, out, out.shape[1])
+
+
+def _experts(x, weight, routes, out, n_rows):
+    """The experts in use are read from routes where that is on the host; else uniform routing is expected."""
+    n_tokens, n_chosen = routes.experts.shape
+    if type(routes.begins) is np.ndarray:
+        n_active = int(np.count_nonzero(np.diff(routes.begins)))
+    else:
+        n_active = round(len(weight) * (1 - (1 - n_chosen / len(weight)) ** n_tokens))
+    return moe_gemm_cost(x.shape[1], n_active, n_rows, x.shape[0], out.shape[1], n_tokens * n_chosen, len(weight),
+                         out.dtype.itemsize, x.dtype.itemsize)
+
+
+def moe_combine(y, weights, out):
+    n_tokens, hidden = out.shape
+    return moe_combine_cost(n_tokens, y.shape[0] // max(n_tokens, 1), hidden, weights is not None, out.dtype.itemsize)
 
 
 def attention(q, k_pages, v_pages, paged, *, scale, out, scratch=None, window=None, chunk=None, softcap=None):

@@ -11,12 +11,15 @@ class Step:
     states, logits and log-probabilities that were asked for."""
 
     def __init__(self, layers, workspace, lane, stager, graphs):
+        self._per_layer_rows = layers.weights.per_layer_rows
         self.layers, self.workspace, self.lane, self.ops = layers, workspace, lane, lane.ops
         self._stager, self.graphs = stager, graphs
 
     def run(self, batch):
         """Computes `batch`; returns what is sampled for each row of batch.to_sample: [(token, top)], where top is None
         or (log-probability of the token, [(token id, log-probability)] of the likeliest)."""
+        if self._per_layer_rows is not None:
+            batch.per_layer_rows = self._per_layer_rows(batch.token_ids)
         with self.lane.running():
             if self.graphs.enabled and batch.is_decode and not any(_n_logprobs(batch)):
                 inputs = self._stager.decode(self.graphs.bucket(batch.n_tokens), len(batch.edits.token) > 0)

@@ -52,7 +52,8 @@ class Packed:
 class StagedBatch:
     """A Batch as ops on a lane read it: the same names, arrays in the lane's memory.
 
-    pools, kept_pools  one PagedInputs per KV pool; of kept_pools only the one that the last layer uses
+    pools, kept_pools  one PagedInputs per KV pool; of kept_pools only those that are read once rows are dropped
+    per_layer_rows     as in Batch
     edits, sampling    StagedEdits, SamplingBatch
     """
 
@@ -66,14 +67,11 @@ class StagedBatch:
     sample_rows: object
     edits: object
     sampling: SamplingBatch
+    per_layer_rows: object
 
     @property
     def n_tokens(self):
         return len(self.token_ids)
-
-    def kept_pool(self, p):
-        """Pool p with the kept tokens as its queries."""
-        return self.kept_pools[p]
 
 
 @dataclass(frozen=True)
@@ -94,6 +92,7 @@ class DecodeInputs:
     def __init__(self, packed, batch, arrays_of, n_edits):
         self.batch, self._packed, self._arrays_of, self._n_edits = batch, packed, arrays_of, n_edits
         self._padding = {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True,
+                         "per_layer_rows": 0,
                          **{f"slots{p}": -1 for p in range(len(batch.pools))}}
 
     @property
@@ -110,27 +109,34 @@ class DecodeInputs:
 
 
 class Stager:
-    """Brings the batches of one engine to its lane, through one buffer of its own."""
+    """Brings the batches of one engine to its lane, through one buffer of its own.
 
-    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, max_seqs, lane):
+    has_rows  batches have per_layer_rows
+    """
+
+    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, max_seqs, lane, has_rows=False):
         self._lane, self._kv_cache, self._max_seq_len = lane, kv_cache, max_seq_len
         self._heads = spec.layers[0].attention.n_heads
-        self._last = kv_cache.layer_slot[len(spec.layers) - 1][0]
+        self._kept_pools = sorted({kv_cache.layer_slot[i][0] for i in range(spec.drops_at, len(spec.layers))})
+        self._row = (lane.dtype, spec.per_layer_width) if has_rows else None
+        row_bytes = spec.per_layer_width * lane.dtype.itemsize * has_rows
         self._buffer = self._decode_buffer = lane.step_buffer(
-            self.n_bytes(kv_cache.specs, max_tokens, max_seqs, max_seq_len, kv_cache.page_size))
+            self.n_bytes(kv_cache.specs, max_tokens, max_seqs, max_seq_len, kv_cache.page_size, row_bytes))
         self._decode_inputs = {}
 
     @staticmethod
-    def n_bytes(pools, max_tokens, max_seqs, max_seq_len, page_size):
-        """Bytes of the buffer; only a step with more than EDITS_A_ROW edits a sequence needs another."""
+    def n_bytes(pools, max_tokens, max_seqs, max_seq_len, page_size, row_bytes=0):
+        """Bytes of the buffer, with row_bytes of per_layer_rows a token; only a step with more than EDITS_A_ROW edits a
+        sequence needs another."""
         n_seqs = min(max_seqs, max_tokens)
         n_ints = 5 * max_tokens + 5 * (n_seqs + 1)
         for pool in pools:
             n_ints += max_tokens + n_seqs + 2 * ITEM * work_capacity(max_tokens, max_seq_len, pool.n_kv_heads,
-                                                                              pool.head_dim, pool.window)
+                                                                     pool.head_dim, pool.window, pool.chunk)
             n_ints += n_seqs * -(-max_seq_len // page_size)
         columns = [*_columns("", SamplingBatch.build(())).values(), *EDITS_A_ROW * [*_columns("", NO_EDITS).values()]]
-        return 4 * n_ints + n_seqs * sum(column.itemsize for column in columns) + ALIGNED * MOST_FIELDS
+        return (4 * n_ints + n_seqs * sum(column.itemsize for column in columns) + max_tokens * row_bytes
+                + ALIGNED * MOST_FIELDS)
 
     def __call__(self, batch):
         """The StagedBatch of a Batch; it is good until the next one."""
@@ -160,7 +166,7 @@ class Stager:
         for p, (spec, pages) in enumerate(zip(self._kv_cache.specs, self._kv_cache.allocators, strict=True)):
             ints |= {f"page_begin{p}": (n_seqs,), f"slots{p}": (n_seqs,), f"work{p}.n_decode": (1,),
                      f"work{p}.decode": (work_capacity(n_seqs, self._max_seq_len, spec.n_kv_heads, spec.head_dim,
-                                                    spec.window), ITEM),
+                                                       spec.window, spec.chunk), ITEM),
                      f"work{p}.n_prefill": (1,), f"work{p}.prefill": (0, ITEM)}
             n_pages += min(pages.n_pages, n_seqs * -(-self._max_seq_len // self._kv_cache.page_size))
         places = {name: (np.int32, shape) for name, shape in ints.items()}
@@ -168,6 +174,8 @@ class Stager:
                    for name, column in _columns("sampling", SamplingBatch.build(())).items()}
         places |= {name: (column.dtype, (n_seqs if name in EDITS_OF_ROWS else n_edits,))
                    for name, column in _columns("edits", NO_EDITS).items()}
+        if self._row:
+            places["per_layer_rows"] = self._row[0], (n_seqs, self._row[1])
         return places | {"page_table": (np.int32, (n_pages,))}
 
     def _arrays(self, batch):
@@ -185,15 +193,18 @@ class Stager:
         for p, pool in enumerate(batch.pools):
             arrays |= {f"slots{p}": pool.slots, **self._work(f"work{p}", p, pool)}
         if batch.kept is not None:
-            kept = batch.kept_pool(self._last)
-            arrays |= {"kept": batch.kept, "kept_cu_seqlens": kept.cu_seqlens,
-                       **self._work("kept_work", self._last, kept)}
+            kept = {p: batch.kept_pools[p] for p in self._kept_pools}
+            arrays |= {"kept": batch.kept, "kept_cu_seqlens": kept[self._kept_pools[0]].cu_seqlens}
+            for p, pool in kept.items():
+                arrays |= self._work(f"kept_work{p}", p, pool)
+        if self._row:
+            arrays["per_layer_rows"] = batch.per_layer_rows
         return arrays | {"page_table": np.concatenate([pool.page_table for pool in batch.pools])}
 
     def _work(self, name, p, pool):
         spec = self._kv_cache.specs[p]
         work = plan(pool.rows, n_heads=self._heads, n_kv_heads=spec.n_kv_heads, head_dim=spec.head_dim,
-                    window=spec.window)
+                    window=spec.window, chunk=spec.chunk)
         return {f"{name}.decode": work.decode, f"{name}.n_decode": np.array([len(work.decode)], np.int32),
                 f"{name}.prefill": work.prefill, f"{name}.n_prefill": np.array([len(work.prefill)], np.int32)}
 
@@ -201,12 +212,11 @@ class Stager:
         """The StagedBatch of arrays on the lane."""
         pools = tuple(self._paged(arrays, p, f"work{p}", "cu_seqlens") for p in range(len(self._kv_cache.specs)))
         kept = arrays.get("kept")
-        kept_pools = {}
-        if kept is not None:
-            kept_pools[self._last] = self._paged(arrays, self._last, "kept_work", "kept_cu_seqlens")
+        kept_pools = {} if kept is None else {p: self._paged(arrays, p, f"kept_work{p}", "kept_cu_seqlens")
+                                              for p in self._kept_pools}
         return StagedBatch(arrays["token_ids"], arrays["positions"], kept, pools, kept_pools, arrays["take_rows"],
                            arrays["take_next"], arrays["sample_rows"], _of(StagedEdits, "edits", arrays),
-                           _of(SamplingBatch, "sampling", arrays))
+                           _of(SamplingBatch, "sampling", arrays), arrays.get("per_layer_rows"))
 
     def _paged(self, arrays, p, work, cu_seqlens):
         n_kv_heads = self._kv_cache.specs[p].n_kv_heads

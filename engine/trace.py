@@ -3,8 +3,10 @@
 from functools import wraps
 from types import SimpleNamespace
 
-OPS = ("add_norm", "apply_edits", "attention", "embed", "gated_linear", "linear", "logit_softcap", "qk_norm_rope_cache",
-       "rms_norm", "rope_angles", "sample", "select_rows", "top_logprobs")
+OPS = ("add_norm", "add_norms", "apply_edits", "attention", "attention_temperature", "embed", "gate_per_layer",
+       "gated_linear", "linear", "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear", "moe_linear",
+       "moe_route", "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample", "scale_rows",
+       "select_rows", "top_logprobs")
 
 
 def traced(ops, around):

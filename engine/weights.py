@@ -1,38 +1,24 @@
-"""Checkpoint tensors → device arrays: q/k/v and gate/up fused, every tensor of the file accounted for.
+"""Checkpoint tensors → device arrays: q/k/v and gate/up fused, by the account of engine/tensors.py."""
 
-The only file that knows how checkpoints spell their tensors.
-"""
-
-import difflib
 from dataclasses import dataclass, field
-from math import prod
+
+import numpy as np
 
 from engine.errors import CheckpointError
+from engine.tensors import targets
 
-# Released multimodal files, what recent transformers calls them in memory and saves, and text-only files.
-PREFIXES = ("language_model.model.", "model.language_model.", "model.")
-HEADS = ("lm_head.weight", "language_model.lm_head.weight")
-EMBED = "embed_tokens.weight"
-N_HINTS = 5         # problems of a kind that are told with the nearest name
-
-
-@dataclass(frozen=True)
-class Target:
-    """One array of the engine: the rows of `parts`, ((checkpoint name, shape), ...), one below the other."""
-
-    name: str
-    parts: tuple
-    is_norm: bool = False
-
-    @property
-    def shape(self):
-        first = self.parts[0][1]
-        return (sum(shape[0] for _, shape in self.parts), *first[1:])
+FLOATS = ("bfloat16", "float16", "float32")     # what a table that stays in the file may hold
 
 
 @dataclass
 class LayerWeights:
-    """Arrays of one layer; linears are [out, in]. qkv stacks q, k and (unless v is k) v; gate_up stacks both halves."""
+    """Arrays of one layer, None where it has no such part; linears are [out, in].
+
+    qkv              rows of q, k and (unless v is k) v; of q alone where the layer reads another's K and V
+    gate_up, down    the dense MLP, or the branch beside the experts; gate_up stacks both halves
+    experts_gate_up  [n_experts, 2 * intermediate, hidden], or [n_experts, hidden, 2 * intermediate] by MoeSpec.in_out
+    experts_down     [n_experts, hidden, intermediate], or [n_experts, intermediate, hidden]
+    """
 
     input_norm: object = None
     qkv: object = None
@@ -45,13 +31,28 @@ class LayerWeights:
     down: object = None
     post_mlp_norm: object = None
     layer_scalar: object = None
+    router: object = None
+    router_scale: object = None
+    per_expert_scale: object = None
+    experts_gate_up: object = None
+    experts_down: object = None
+    post_mlp_norm_1: object = None
+    pre_moe_norm: object = None
+    post_moe_norm: object = None
+    per_layer_gate: object = None
+    per_layer_projection: object = None
+    post_per_layer_norm: object = None
 
 
 @dataclass
 class Weights:
     """Arrays of a model. `head` is `embed` where they are tied. `norm_offset` is what RMSNorm still has to add.
 
-    unused    names in the file that this run does not read
+    per_layer_embed             [per_layer_vocab, n_layers * per_layer_input], or None where it stays in the file
+    per_layer_model_projection  [n_layers * per_layer_input, hidden]
+    per_layer_norm              [per_layer_input]
+    per_layer_rows              the HostRows of a table that stays in the file, or None
+    unused                      names in the file that this run does not read
     """
 
     embed: object = None
@@ -59,93 +60,29 @@ class Weights:
     head: object = None
     layers: list = field(default_factory=list)
     norm_offset: float = 0.0
+    per_layer_embed: object = None
+    per_layer_model_projection: object = None
+    per_layer_norm: object = None
+    per_layer_rows: object = None
     unused: tuple = ()
 
 
-def targets(spec, untied_head=False):
-    """Every array that a ModelSpec needs, with the checkpoint tensors (prefix stripped) that fill it."""
-    hidden = spec.hidden
-    yield Target("embed", ((EMBED, (spec.vocab, hidden)),))
-    for i, layer in enumerate(spec.layers):
-        attention, wide = layer.attention, layer.mlp.intermediate
-        def target(name, *parts, at=f"layers.{i}.", is_norm=False):
-            return Target(at + name, tuple((f"{at}{tensor}", shape) for tensor, shape in parts), is_norm)
-        qkv = [("self_attn.q_proj.weight", (attention.q_width, hidden)),
-               ("self_attn.k_proj.weight", (attention.kv_width, hidden))]
-        if not attention.v_is_k:
-            qkv.append(("self_attn.v_proj.weight", (attention.kv_width, hidden)))
-        yield target("input_norm", ("input_layernorm.weight", (hidden,)), is_norm=True)
-        yield target("qkv", *qkv)
-        yield target("q_norm", ("self_attn.q_norm.weight", (attention.head_dim,)), is_norm=True)
-        yield target("k_norm", ("self_attn.k_norm.weight", (attention.head_dim,)), is_norm=True)
-        yield target("o", ("self_attn.o_proj.weight", (hidden, attention.q_width)))
-        yield target("post_attention_norm", ("post_attention_layernorm.weight", (hidden,)), is_norm=True)
-        yield target("pre_mlp_norm", ("pre_feedforward_layernorm.weight", (hidden,)), is_norm=True)
-        yield target("gate_up", ("mlp.gate_proj.weight", (wide, hidden)), ("mlp.up_proj.weight", (wide, hidden)))
-        yield target("down", ("mlp.down_proj.weight", (hidden, wide)))
-        yield target("post_mlp_norm", ("post_feedforward_layernorm.weight", (hidden,)), is_norm=True)
-        if layer.layer_scalar:
-            yield target("layer_scalar", ("layer_scalar", (1,)))
-    yield Target("norm", (("norm.weight", (hidden,)),), is_norm=True)
-    if untied_head:
-        yield Target("head", ((HEADS[0], (spec.vocab, hidden)),))
+class HostRows:
+    """Rows of an embedding table that stays in its file, mapped: only what is read takes memory, and the system may
+    drop that again.
 
-
-def n_weights(spec):
-    """Elements of all arrays; a tied head is the embedding and counts once."""
-    return sum(prod(target.shape) for target in targets(spec, untied_head=not spec.tied))
-
-
-@dataclass(frozen=True)
-class Account:
-    """Where each tensor of a checkpoint goes.
-
-    names        expected tensor → its name in the file
-    unused       names in the file that a text run does not read
-    untied_head  the head has a matrix of its own
-    problems     what is missing, misshapen or surplus, a sentence each
+    table  [vocab, width], read-only, of the file's dtype
+    scale  multiplies the rows; dtype is what they are rounded to before and after, as a table on the lane would be
     """
 
-    names: dict
-    unused: tuple = ()
-    untied_head: bool = False
-    problems: tuple = ()
+    def __init__(self, table, scale, dtype):
+        self.table, self.scale, self.dtype = table, np.float32(scale), np.dtype(dtype)
 
-
-def account(spec, tensors):
-    """The Account of a checkpoint's tensors (name → object with .shape) against what `spec` needs."""
-    prefix = next((p for p in PREFIXES if p + EMBED in tensors), None)
-    if prefix is None:
-        begins = ", ".join(sorted(tensors)[:3]) or "nothing"
-        return Account({}, problems=(f"the checkpoint has no {EMBED} under any of the known prefixes "
-                                     f"({', '.join(PREFIXES)}); it begins with {begins}",))
-    head = next((name for name in HEADS if name in tensors), None)
-    untied_head = not spec.tied and head is not None
-    names, shapes = {}, {}
-    for target in targets(spec, untied_head):
-        for tensor, shape in target.parts:
-            names[tensor], shapes[tensor] = head if tensor == HEADS[0] else prefix + tensor, shape
-    used = set(names.values())
-    unused = tuple(name for name in tensors
-                   if name not in used and (name == head or name.startswith(spec.unused_prefixes)))
-    surplus = [name for name in tensors if name not in used and name not in unused]
-    problems = _with_nearest({name: f"the checkpoint has no {name} {list(shapes[tensor])}"
-                              for tensor, name in names.items() if name not in tensors}, surplus)
-    problems += [f"{name} is {list(tensors[name].shape)}, expected {list(shapes[tensor])} by config.json"
-                 for tensor, name in names.items() if name in tensors and tuple(tensors[name].shape) != shapes[tensor]]
-    problems += _with_nearest({name: f"{name} is not a tensor of {spec.architecture} with {len(spec.layers)} layers"
-                               for name in surplus}, used)
-    return Account(names, unused, untied_head, tuple(problems))
-
-
-def checked_account(spec, tensors):
-    """The Account of a checkpoint without problems; raises CheckpointError that tells the first of them."""
-    accounts = account(spec, tensors)
-    if accounts.problems:
-        first, *more = accounts.problems
-        rest = f" (and {len(more)} more; `python -m engine inspect` lists them)" if more else ""
-        raise CheckpointError(first + rest)
-    return accounts
+    def __call__(self, token_ids, out=None):
+        """out[t] = table[token_ids[t]] * scale; returns out. token_ids [n] whole numbers within the table, out
+        [n, width] of `dtype`, made when None."""
+        rows = self.table[token_ids].astype(self.dtype, copy=False)
+        return np.multiply(rows, self.scale, out=out, dtype=np.float32, casting="unsafe").astype(self.dtype, copy=False)
 
 
 def load(spec, checkpoint, accounts, lane, progress):
@@ -153,7 +90,7 @@ def load(spec, checkpoint, accounts, lane, progress):
     weights = Weights(layers=[LayerWeights() for _ in spec.layers], unused=accounts.unused,
                       norm_offset=0.0 if lane.folds_norm_offset else spec.norm_offset)
     with lane.loading() as fill:
-        for target in targets(spec, accounts.untied_head):
+        for target in targets(spec, accounts.untied_head, "device" if accounts.table is None else "host"):
             array, row = lane.empty(target.shape), 0
             for tensor, shape in target.parts:
                 fill(array[row:row + shape[0]], _reader(checkpoint, accounts.names[tensor], progress))
@@ -163,7 +100,16 @@ def load(spec, checkpoint, accounts, lane, progress):
             owner, _, attribute = target.name.rpartition(".")
             setattr(weights.layers[int(owner.split(".")[1])] if owner else weights, attribute, array)
     weights.head = weights.embed if weights.head is None else weights.head
+    if accounts.table is not None:
+        weights.per_layer_rows = _host_rows(spec, checkpoint, accounts.table, lane.dtype)
     return weights
+
+
+def _host_rows(spec, checkpoint, name, dtype):
+    table = checkpoint.view(name)           # it outlives the checkpoint's files
+    if table.dtype.name not in FLOATS:
+        raise CheckpointError(f"{name} is {table.dtype.name}, expected one of {', '.join(FLOATS)}")
+    return HostRows(table, dtype.type(spec.per_layer_scale), dtype)
 
 
 def _reader(checkpoint, name, progress):
@@ -171,13 +117,3 @@ def _reader(checkpoint, name, progress):
     def read(begin, end, out):
         progress(checkpoint.read_range(name, begin, end, out))
     return read
-
-
-def _with_nearest(problems, candidates):
-    """The sentences of {name: sentence}, the first few with the nearest of `candidates`: in a large checkpoint with
-    other names throughout, each look-up takes 50 ms."""
-    sentences = list(problems.values())
-    for i, name in enumerate(list(problems)[:N_HINTS]):
-        close = difflib.get_close_matches(name, candidates, n=1)
-        sentences[i] += f"; the nearest name is {close[0]}" if close else ""
-    return sentences

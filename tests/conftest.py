@@ -2,6 +2,7 @@
 
 import pytest
 
+from engine import LLM
 from engine.kernels import host
 from tests import stand_in
 from tests import tiny_models as tiny
@@ -32,14 +33,22 @@ def gpu():
 
 
 @pytest.fixture(scope="session")
+def open_llm(request):
+    """open_llm(path, **arguments of LLM) on the lane that kernel tests run on."""
+    device = request.config.getoption("--lane")
+    return lambda path, **arguments: LLM(path, device=device, **{"max_seq_len": 512, "progress": False, **arguments})
+
+
+@pytest.fixture(scope="session")
 def checkpoints(tmp_path_factory):
-    """{name: directory} of tiny random checkpoints: both families, windows from below a page to above any prompt."""
+    """{name: directory} of tiny random checkpoints: every family, windows from below a page to above any prompt."""
     root = tmp_path_factory.mktemp("tiny")
-    models = {f"{family}{name}": {"sliding_window": window} for family in ("gemma3", "gemma4")
+    models = {f"{family}{name}": (family, {"sliding_window": window}) for family in ("gemma3", "gemma4")
               for name, window in {"": 5, "-window-2": 2, "-window-200": 200}.items()}
-    models["gemma4-sliding-only"] = {"layers": "sss"}
-    return {name: tiny.write(root / name, name[:6], seed, generation={"eos_token_id": tiny.EOS}, **fields)
-            for seed, (name, fields) in enumerate(models.items())}
+    models["gemma4-sliding-only"] = "gemma4", {"layers": "sss"}
+    models |= {family: (family, {}) for family in ("gemma4-moe", "gemma4-e", "llama4")}
+    return {name: tiny.write(root / name, family, seed, generation={"eos_token_id": tiny.EOS}, **fields)
+            for seed, (name, (family, fields)) in enumerate(models.items())}
 
 
 @pytest.fixture(scope="session")

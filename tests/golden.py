@@ -7,7 +7,8 @@ import numpy as np
 from safetensors.numpy import load_file
 
 GOLDENS = Path(__file__).parent / "goldens"
-TEXT_CASES = ("gemma3-text", "gemma3-mm-textonly", "gemma4-dense", "gemma4-assistant-dense")
+TEXT_CASES = ("gemma3-text", "gemma3-mm-textonly", "gemma4-dense", "gemma4-assistant-dense", "gemma4-moe", "gemma4-e",
+              "llama4-text", "llama4-causal")
 TOLERANCE = 2e-4                    # of max|logit|, float32: float64 differs from the oracle by 1e-6 to 1e-5
 
 

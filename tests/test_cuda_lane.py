@@ -15,7 +15,8 @@ from engine.cuda_lane import CudaLane, PinnedRing, gpu_is_present
 from engine.errors import ConfigError, MemoryPlanError
 from engine.kernels.source import Kernel
 from engine.models import describe
-from engine.weights import account, load, targets
+from engine.tensors import account, targets
+from engine.weights import load
 from loaders.config import Config
 from loaders.safetensors import Checkpoint
 from tests import stand_in, tiny
@@ -257,7 +258,7 @@ def test_loading_that_fails_half_way_waits_for_its_copies(gpu, lane):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_weights_are_those_of_the_emulated_lane(lane, tmp_path, family, dtype):
     """Every array, whatever the file's dtype and however small the buffers; progress counts every byte of the file."""
     path = tiny.write_checkpoint(tmp_path / "c", tiny.flat(family, tie_word_embeddings=False), dtype=dtype)

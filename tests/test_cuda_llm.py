@@ -16,7 +16,7 @@ from tests import tiny_models as tiny
 from tests.golden import Golden
 from tests.kernels.test_cublas import gemm_ex
 
-CASES = ("gemma3-text", "gemma4-dense")
+CASES = ("gemma3-text", "gemma4-dense", "gemma4-moe", "gemma4-e", "llama4-text")
 GREEDY = SamplingParams(temperature=0, ignore_eos=True, max_tokens=8)
 # Two whose logits are edited, one with none but its temperature, one greedy.
 MIXED = [SamplingParams(temperature=0.8, top_p=0.9, repetition_penalty=1.3, seed=1, ignore_eos=True, max_tokens=8),
@@ -99,21 +99,24 @@ def test_replayed_steps_leave_the_logits_of_eager_ones(gpu, case):
 
 # --- what a step does to the GPU
 
-def test_a_replayed_step_is_one_copy_one_graph_one_read_back(gpu):
-    llm = open_llm(CASES[0])
-    llm.generate(prompts_of(CASES[0]), GREEDY)
+# Experts count on the device, and rows of a table on the host travel with the other inputs.
+@pytest.mark.parametrize("case, ple", [(CASES[0], "device"), ("gemma4-moe", "device"), ("gemma4-e", "host")])
+def test_a_replayed_step_is_one_copy_one_graph_one_read_back(gpu, case, ple):
+    llm = open_llm(case, ple=ple)
+    llm.generate(prompts_of(case), GREEDY)
     seen = watch(llm, counts_of)
-    llm.generate(prompts_of(CASES[0]), GREEDY)
+    llm.generate(prompts_of(case), GREEDY)
     decodes = [counts for is_decode, _, counts in seen if is_decode]
     assert len(decodes) >= GREEDY.max_tokens - 1
     assert all(counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1} for counts in decodes), decodes
 
 
-def test_an_eager_step_allocates_nothing_copies_in_once_and_reads_back_once(gpu):
-    llm = open_llm(CASES[0], graphs=False)
-    llm.generate(prompts_of(CASES[0]), GREEDY)
+@pytest.mark.parametrize("case, ple", [(CASES[0], "device"), ("llama4-text", "device"), ("gemma4-e", "host")])
+def test_an_eager_step_allocates_nothing_copies_in_once_and_reads_back_once(gpu, case, ple):
+    llm = open_llm(case, graphs=False, ple=ple)
+    llm.generate(prompts_of(case), GREEDY)
     seen = watch(llm, counts_of)
-    llm.generate(prompts_of(CASES[0]), GREEDY)
+    llm.generate(prompts_of(case), GREEDY)
     for _, n_sampled, counts in seen:
         assert counts.pop("launches") > 0
         read = {"copies out": 1, "waits": 1} if n_sampled else {}

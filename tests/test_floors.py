@@ -5,6 +5,8 @@ it is within half of its last printed digit, and 0.1 %: the tables take S²/2 fo
 embedding rows out.
 """
 
+from math import prod
+
 import numpy as np
 import pytest
 
@@ -14,15 +16,10 @@ from engine.kernels.gemm import layer_shapes
 from engine.kernels.source import BF16
 from engine.kv_cache import pool_specs
 from engine.models.presets import PRESETS, preset
-from engine.weights import n_weights, targets
-from tests.planned_models import PLANNED
+from engine.tensors import n_weights, targets
 
 H200 = Ceilings(4.3e12, 790e12, "given")
 FP8 = {"llama-4-scout": 1}                  # bytes of a weight where they are not 2
-
-
-def spec_of(name):
-    return PLANNED[name] if name in PLANNED else preset(name)
 
 
 def agrees(value, printed):
@@ -60,7 +57,7 @@ DECODE = {
 
 @pytest.mark.parametrize("name", DECODE)
 def test_decode(name):
-    spec, weight_bytes = spec_of(name), FP8.get(name, 2)
+    spec, weight_bytes = preset(name), FP8.get(name, 2)
     weights, *cells = DECODE[name]
     tables = spec.vocab * (spec.hidden * (1 if spec.tied else 2) + len(spec.layers) * spec.per_layer_input)
     assert agrees(weight_bytes * (n_matrix_weights(spec) + tables) / 1e9, weights)
@@ -76,7 +73,7 @@ def test_decode(name):
     ("gemma-4-31b", 8, 32768, "20.83 · 18.96"), ("gemma-4-31b", 1, 131072, "16.97 · 16.03"),
     ("gemma-4-26b-a4b", 64, 32768, "24.67 · 20.93")])
 def test_decode_where_k_and_v_are_one(name, n_seqs, context, printed):
-    assert_agree([floor(spec_of(name), [(n_seqs, 1, context)], latent=latent).time_s(H200) * 1e3
+    assert_agree([floor(preset(name), [(n_seqs, 1, context)], latent=latent).time_s(H200) * 1e3
                   for latent in (False, True)], printed)
 
 
@@ -124,7 +121,7 @@ def test_attention_of_decoded_tokens(n_seqs, context, n_kv_heads, head_dim, wind
 @pytest.mark.parametrize("n_tokens, printed", [
     (1, "22.1"), (8, "142.8"), (64, "348"), (128, "354"), (512, "354"), (4096, "493")])
 def test_experts(n_tokens, printed):
-    assert_agree([experts(spec_of("gemma-4-26b-a4b").layers[0].mlp, 2816, n_tokens).time_s(H200) * 1e6], printed)
+    assert_agree([experts(preset("gemma-4-26b-a4b").layers[0].mlp, 2816, n_tokens).time_s(H200) * 1e6], printed)
 
 
 # --- a prompt of 2k, 8k, 32k: TFLOP of the matrices and of attention, ms, tokens/s
@@ -145,7 +142,7 @@ PREFILL = {
 @pytest.mark.parametrize("name", PREFILL)
 def test_prefill(name):
     for n_tokens, cell in zip((2048, 8192, 32768), PREFILL[name], strict=True):
-        parts = floor_parts(spec_of(name), [(1, n_tokens, n_tokens)], FP8.get(name, 2))
+        parts = floor_parts(preset(name), [(1, n_tokens, n_tokens)], FP8.get(name, 2))
         step = sum(parts.values(), Cost())
         assert step.bound(H200) == "compute"
         of_attention = parts["attention"].flops
@@ -155,7 +152,7 @@ def test_prefill(name):
 
 def test_all_experts_of_a_prompt_bound_it_by_memory():
     """A chunk of 512 tokens of 26B-A4B reads nearly every expert: 45.7 GB, 10.6 ms."""
-    parts = floor_parts(spec_of("gemma-4-26b-a4b"), [(1, 512, 512)])
+    parts = floor_parts(preset("gemma-4-26b-a4b"), [(1, 512, 512)])
     assert_agree([parts["experts"].bytes / 1e9, parts["experts"].time_s(H200) * 1e3], "45.7 · 10.6")
     assert sum(parts.values(), Cost()).bound(H200) == "memory"
 
@@ -170,7 +167,7 @@ LAUNCHES = {"gemma-4-31b": (95, 92, 87, 99, 96), "gemma-4-26b-a4b": (82, 75, 63,
 
 @pytest.mark.parametrize("name", LAUNCHES)
 def test_launches(name):
-    spec = spec_of(name)
+    spec = preset(name)
     step_s = floor(spec, [(1, 1, 1024)], FP8.get(name, 2)).time_s(H200)
     for (n_kernels, gap_us), percent in zip([(5, 2.5), (8, 2.5), (14, 2.5), (5, 0.7), (14, 0.7)], LAUNCHES[name],
                                             strict=True):
@@ -184,7 +181,7 @@ def test_launches(name):
     ("gemma-4-31b", 0.47e9, "1.82 · 2.37 · 2.71 · 2.92"), ("gemma-4-26b-a4b", 0.42e9, "1.27 · 1.31 · 1.24 · 1.16")])
 def test_speculation(name, n_draft_weights, printed):
     acceptance = (0.844, 0.599, 0.385, 0.271)
-    step_s, *verify_s = [floor(spec_of(name), [(1, n, 1024, n)]).time_s(H200) for n in range(1, 6)]
+    step_s, *verify_s = [floor(preset(name), [(1, n, 1024, n)]).time_s(H200) for n in range(1, 6)]
     draft_s = 2 * n_draft_weights / H200.bytes_per_s
     assert_agree([speculation_ceiling(acceptance[:k], step_s, verify_s[k - 1], draft_s) for k in (1, 2, 3, 4)], printed)
 
@@ -196,8 +193,10 @@ def test_the_floor_counts_the_weights_that_are_loaded(name):
     spec = preset(name)
     n_vectors = sum(target.shape[0] for target in targets(spec) if len(target.shape) == 1)
     n_matrices = n_matrix_weights(spec)
-    assert n_matrices == sum(n_rows * n_in for n_rows, n_in in layer_shapes(spec))
-    assert n_matrices + spec.vocab * spec.hidden + n_vectors == n_weights(spec)
+    n_of_experts = sum(prod(target.shape) for target in targets(spec) if len(target.shape) == 3)
+    assert n_matrices == sum(n_rows * n_in for n_rows, n_in in layer_shapes(spec)) + n_of_experts
+    n_of_tables = spec.vocab * spec.hidden * (1 if spec.tied else 2) + spec.per_layer_vocab * spec.per_layer_width
+    assert n_matrices + n_of_tables + n_vectors == n_weights(spec)
     assert n_vectors < 0.001 * n_matrices or name == "gemma-3-270m"             # what the floor leaves out
 
 
@@ -205,9 +204,12 @@ def test_the_floor_counts_the_weights_that_are_loaded(name):
 @pytest.mark.parametrize("kv_bytes", [1, 2])
 def test_the_floor_counts_the_keys_and_values_that_are_cached(name, kv_bytes):
     spec = preset(name)
-    cached = {context: sum(pool.token_bytes(kv_bytes) * min(context, pool.window or context)
-                           for pool in pool_specs(spec)) for context in (1, 700, 5000)}
-    for context, n_bytes in cached.items():
+    for context in (1, 700, 5000, 8192, 8193):
+        n_bytes = 0
+        for pool in pool_specs(spec):
+            n_keys = (context - 1) % pool.chunk + 1 if pool.chunk else min(context, pool.window or context)
+            n_readers = len(pool.layers) + len(pool.shared)                     # of one layer's K and V each
+            n_bytes += n_keys * pool.token_bytes(kv_bytes) // len(pool.layers) * n_readers
         assert floor_parts(spec, [(3, 1, context)], kv_bytes=kv_bytes)["attention"].bytes == 3 * n_bytes
 
 

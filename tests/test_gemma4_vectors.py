@@ -1,34 +1,60 @@
 """Gemma 4 against logits that transformers computed from weights given by a formula: no file stands between the two.
 
 Source of the vectors: HF transformers 5.23, float32, eager attention; a float64 implementation written from the maths
-alone agrees to 1e-5. Dense model G1: three layers, two of them sliding, K = V on the global one.
+alone agrees to 1e-5. Dense model G1: three layers, two of them sliding, K = V on the global one. G2: G1 with experts.
+G3: six layers, of which the last three read the K and V of others and are twice as wide, with per-layer inputs.
 """
+
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 
 from engine import LLM
 from engine.models import describe
-from engine.weights import targets
+from engine.tensors import targets
 from loaders.config import Config
 from tests import tiny
 
 IDS = [2, 5, 9, 13, 21, 34, 40, 3, 50, 8, 17]
-LAST_ROW = [-1.44323, -0.11538, -1.02403, 0.60711, -1.16927]
-ARGMAX = [46, 45, 45, 46, 26, 51, 30, 30, 35, 62, 17]
-TOTAL = -31.521
 AGREEMENT = 2e-5        # of float32 implementations on these logits; printing to 5 decimals adds half of the last one
-
-CONFIG = {
-    "architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "image_token_id": 60,
-    "video_token_id": 59, "audio_token_id": 58, "boi_token_id": 61, "eoi_token_id": 62,
-    "text_config": {
-        "model_type": "gemma4_text", "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size": 32,
+PATTERN = ["sliding_attention", "sliding_attention", "full_attention"]
+TEXT = {"model_type": "gemma4_text", "vocab_size": 64, "vocab_size_per_layer_input": 64, "hidden_size": 32,
         "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
         "num_global_key_value_heads": 1, "head_dim": 8, "global_head_dim": 16, "attention_k_eq_v": True,
-        "sliding_window": 5, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
-        "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 0, "use_bidirectional_attention": "vision",
-        "max_position_embeddings": 1024, "pad_token_id": 0}}
+        "sliding_window": 5, "layer_types": PATTERN, "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 0,
+        "use_bidirectional_attention": "vision", "max_position_embeddings": 1024, "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One model: what its text section changes of TEXT, and its logits of IDS: the last row's first, the argmax of each
+    row, the sum of all."""
+
+    fields: dict
+    last_row: list
+    argmax: list
+    total: float
+
+    @property
+    def config(self):
+        return {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4", "image_token_id": 60,
+                "video_token_id": 59, "audio_token_id": 58, "boi_token_id": 61, "eoi_token_id": 62,
+                "text_config": {**TEXT, **self.fields}}
+
+
+VECTORS = {
+    "G1": Vector({}, [-1.44323, -0.11538, -1.02403, 0.60711, -1.16927],
+                 [46, 45, 45, 46, 26, 51, 30, 30, 35, 62, 17], -31.521),
+    "G2": Vector({"enable_moe_block": True, "num_experts": 6, "top_k_experts": 2, "moe_intermediate_size": 12},
+                 [-1.38611, -1.10976, 0.61672, 0.85944, -0.11635],
+                 [21, 45, 46, 46, 36, 52, 63, 63, 7, 8, 19], -13.354),
+    "G3": Vector({"num_hidden_layers": 6, "layer_types": PATTERN * 2, "num_key_value_heads": 1,
+                  "attention_k_eq_v": False, "use_bidirectional_attention": None, "hidden_size_per_layer_input": 8,
+                  "num_kv_shared_layers": 3, "use_double_wide_mlp": True},
+                 [-1.34778, 0.03125, -0.71680, -1.12315, -0.00587],
+                 [51, 6, 61, 11, 21, 7, 54, 45, 46, 5, 33], -1.559),
+}
 
 
 def value(name, shape):
@@ -38,7 +64,7 @@ def value(name, shape):
     s = np.sin(0.37 * i + 1.7 * c + 0.001 * i**2)
     if name.endswith("layer_scalar"):
         s = np.full_like(s, 0.8)
-    elif len(shape) == 1 and "norm" in name:
+    elif (len(shape) == 1 and "norm" in name) or name.endswith(("router.scale", "per_expert_scale")):
         s = 1 + 0.25 * s
     else:
         s = 0.2 * s
@@ -52,25 +78,30 @@ def test_the_formula():
     np.testing.assert_allclose(value("language_model.embed_tokens.weight", (64, 32))[0, 0], -0.174576, atol=6e-7)
 
 
+@pytest.fixture(scope="module", params=VECTORS)
+def vector(request):
+    return VECTORS[request.param]
+
+
 @pytest.fixture(scope="module")
-def llm(tmp_path_factory):
-    """G1, with two tensors of a vision part beside its text."""
-    tensors = {name: value("language_model." + name, shape) for target in targets(describe(Config(CONFIG)))
+def llm(vector, tmp_path_factory):
+    """The model of a vector, with two tensors of a vision part beside its text."""
+    tensors = {name: value("language_model." + name, shape) for target in targets(describe(Config(vector.config)))
                for name, shape in target.parts}
     vision = {"model." + name: value(name, (24, 12)) for name in (
         "vision_tower.patch_embedder.input_proj.weight", "embed_vision.embedding_projection.weight")}
-    path = tiny.write_checkpoint(tmp_path_factory.mktemp("g1"), CONFIG, tensors, prefix="model.language_model.",
-                                 dtype=np.float32, extra=vision)
+    path = tiny.write_checkpoint(tmp_path_factory.mktemp("vector"), vector.config, tensors,
+                                 prefix="model.language_model.", dtype=np.float32, extra=vision)
     return LLM(path, device="cpu")
 
 
 @pytest.mark.parametrize("n_rows", [1, 3])
-def test_logits(llm, n_rows):
+def test_logits(llm, vector, n_rows):
     for logits in llm.forward([IDS] * n_rows, return_logits="all").logits:
-        np.testing.assert_allclose(logits[-1, :5], LAST_ROW, rtol=0, atol=AGREEMENT + 0.5e-5)
-        assert logits.argmax(axis=1).tolist() == ARGMAX
+        np.testing.assert_allclose(logits[-1, :5], vector.last_row, rtol=0, atol=AGREEMENT + 0.5e-5)
+        assert logits.argmax(axis=1).tolist() == vector.argmax
         # Errors of single logits are of either sign: their sum grows with the root of their number.
-        assert abs(logits.sum(dtype=np.float64) - TOTAL) <= AGREEMENT * logits.size**0.5 + 0.5e-3
+        assert abs(logits.sum(dtype=np.float64) - vector.total) <= AGREEMENT * logits.size**0.5 + 0.5e-3
 
 
 def test_vision_tensors_are_reported(llm):

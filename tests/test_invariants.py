@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine import SamplingParams, reference
-from engine.layer_scheduler import LayerScheduler
+from engine.feed_forward import FeedForward
 from engine.tasks import Generation
 from tests import tiny_models as tiny
 from tests.golden import assert_logits_close
 
 NAMES = ("gemma3", "gemma4", "gemma3-window-2", "gemma4-window-2", "gemma3-window-200", "gemma4-window-200",
-         "gemma4-sliding-only")
+         "gemma4-sliding-only", "gemma4-moe", "gemma4-e", "llama4")
 CLOSE = 1e-5                # of max|logit|: a BLAS sums in an order that depends on the number of rows
 PROMPTS = tiny.prompts(1, 1, 33, 5, 18, 2, 40, 9)
 GREEDY = SamplingParams(temperature=0, max_tokens=14, ignore_eos=True)
@@ -113,7 +113,7 @@ def poison(llm):
         array.fill(np.nan)
 
 
-@pytest.mark.parametrize("name", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("name", ["gemma3", "gemma4", "gemma4-e", "llama4"])
 def test_pages_overwritten_between_steps_are_noticed(checkpoints, name, monkeypatch):
     """With NaN in every page before each step but the first, forward in chunks and generate cannot come out right."""
     llm = tiny.open_llm(checkpoints[name], max_batch_tokens=8, page_size=4)
@@ -286,9 +286,9 @@ ACTION = st.one_of(st.tuples(st.just("open"), REQUEST), st.tuples(st.just("pull"
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)      # other draws could meet a tie closer than rounding
-@given(name=st.sampled_from(["gemma3", "gemma4", "gemma4-window-2"]), page_size=st.sampled_from([1, 3, 16]),
-       n_seqs=st.floats(1, 2.5), max_seqs=st.integers(1, 4), max_batch_tokens=st.integers(1, 40),
-       actions=st.lists(ACTION, min_size=2, max_size=14))
+@given(name=st.sampled_from(["gemma3", "gemma4", "gemma4-window-2", "gemma4-e", "llama4"]),
+       page_size=st.sampled_from([1, 3, 16]), n_seqs=st.floats(1, 2.5), max_seqs=st.integers(1, 4),
+       max_batch_tokens=st.integers(1, 40), actions=st.lists(ACTION, min_size=2, max_size=14))
 def test_any_history_gives_what_a_request_gets_alone(checkpoints, name, page_size, n_seqs, max_seqs, max_batch_tokens,
                                                      actions):
     """Streams opened, pulled and closed in any order, with generate and forward in between, in small pools."""
@@ -320,24 +320,27 @@ def test_any_history_gives_what_a_request_gets_alone(checkpoints, name, page_siz
     assert_all_free(llm)
 
 
-# --- rows nobody asked for stop in the last layer
+# --- rows nobody asked for are dropped
 
 @pytest.mark.parametrize("chunk", [7, 2048])
-def test_the_last_layer_computes_only_what_was_asked_for(checkpoints, name, alone, monkeypatch, chunk):
+def test_layers_that_leave_no_k_and_v_compute_only_what_was_asked_for(checkpoints, name, alone, monkeypatch, chunk):
     """Logits of a prompt's last position, and of its last three, are those of all positions; and the rows of the last
-    MLP are as many as were asked for, also when a chunk of the prompt wants none at all."""
+    layer's MLP, and of all that read another's K and V, are as many as were asked for, also when a chunk of the prompt
+    wants none at all."""
     llm = tiny.open_llm(checkpoints[name], max_batch_tokens=chunk)
-    prompts, every, rows = PROMPTS, alone["logits"], []
-    feed_forward = LayerScheduler._feed_forward
+    prompts, every = PROMPTS, alone["logits"]
+    layers, n_rows = llm.spec.layers, {}
+    whole = FeedForward.__call__
 
-    def spy(self, mlp, w, normed, out):
-        rows.append(len(normed))
-        feed_forward(self, mlp, w, normed, out)
-    monkeypatch.setattr(LayerScheduler, "_feed_forward", spy)
+    def spy(self, layer, w, residual, normed, out):
+        i = next(i for i, known in enumerate(llm.weights.layers) if known is w)
+        n_rows[i] = n_rows.get(i, 0) + len(normed)
+        whole(self, layer, w, residual, normed, out)
+    monkeypatch.setattr(FeedForward, "__call__", spy)
     for n in (1, 3):
-        rows.clear()
+        n_rows.clear()
         for got, expected in zip(llm.forward(prompts, return_logits=n).logits, every, strict=True):
             assert_logits_close(got, expected[-n:], CLOSE)
-        n_layers = len(llm.spec.layers)
-        assert sum(rows[n_layers - 1::n_layers]) == sum(min(n, len(prompt)) for prompt in prompts)
-        assert sum(rows[::n_layers]) == sum(map(len, prompts))
+        first = llm.spec.drops_at
+        wanted = sum(min(n, len(prompt)) for prompt in prompts)
+        assert n_rows == {i: sum(map(len, prompts)) if i < first else wanted for i in range(len(layers))}

@@ -10,13 +10,18 @@ from hypothesis import strategies as st
 
 from engine.batch import Batch
 from engine.kv_cache import KVCache, PageAllocator, PoolSpec, pool_specs
+from engine.models.presets import preset
 from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec
 
 LANE = SimpleNamespace(empty=lambda shape: np.empty(shape, np.float32))
 
 
-def pool(window, layers=(0,), n_kv_heads=1, head_dim=1):
-    return PoolSpec(window, n_kv_heads, head_dim, layers)
+def pool(window, layers=(0,), n_kv_heads=1, head_dim=1, chunk=None):
+    return PoolSpec(window, n_kv_heads, head_dim, layers, chunk)
+
+
+def chunked_cache(chunk, n_pages, page_size):
+    return KVCache([pool(None, chunk=chunk)], [n_pages], page_size, LANE)
 
 
 def cache_of(*windows, n_pages, page_size):
@@ -146,6 +151,47 @@ def test_sliding_pages_cover_the_window_and_no_more(window, page_size, chunk):
     assert cache.allocators[0].n_free == 90
 
 
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4, 16])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 8, 12, 16, 20])
+def test_pages_needed_for_chunks_is_what_a_sequence_holds_at_most(chunk, page_size):
+    """Whether or not chunks begin where pages do."""
+    for n_tokens in (1, 2, chunk, chunk + 1, 2 * chunk + 1, 60):
+        cache = chunked_cache(chunk, 60, page_size)
+        sequence = sequence_in(cache)
+        most = max(len(compute(cache, sequence, 1)[0]) for _ in range(n_tokens))
+        assert cache.specs[0].pages_needed(n_tokens, page_size) == most
+
+
+@pytest.mark.parametrize("n_new", [1, 2, 5, 11, 24])
+@pytest.mark.parametrize("page_size", [1, 3, 4, 16])
+@pytest.mark.parametrize("chunk", [1, 4, 6, 16])
+def test_chunked_pages_cover_the_chunk_of_the_last_position(chunk, page_size, n_new):
+    """Pages behind it are free again, and no page that holds one of its positions is."""
+    cache = chunked_cache(chunk, 200, page_size)
+    sequence = sequence_in(cache)
+    for _ in range(8):
+        last = sequence.n_cached + n_new - 1
+        during = compute(cache, sequence, n_new)[0]
+        held = sequence.page_lists[0]
+        assert len(during) <= cache.specs[0].live_pages(n_new, page_size)
+        assert held.first == last // chunk * chunk // page_size
+        assert held.first + len(held.pages) == last // page_size + 1
+        assert cache.allocators[0].n_free == 200 - len(held.pages)
+        assert set(held.pages) <= set(during)
+    cache.release(sequence)
+    assert cache.allocators[0].n_free == 200
+
+
+def test_a_chunk_is_kept_until_the_next_has_a_position():
+    """Chunks of 8 in pages of 4: the 8th position is committed with both pages held, the 9th gives both back."""
+    cache = chunked_cache(8, 10, 4)
+    sequence, n_held = sequence_in(cache), []
+    for _ in range(18):
+        compute(cache, sequence, 1)
+        n_held.append((sequence.page_lists[0].first, len(sequence.page_lists[0].pages)))
+    assert n_held == [*[(0, 1)] * 4, *[(0, 2)] * 4, *[(2, 1)] * 4, *[(2, 2)] * 4, *[(4, 1)] * 2]
+
+
 def test_reserve_gives_as_many_tokens_as_every_pool_has_room_for():
     cache = cache_of(None, 4, n_pages=[5, 3], page_size=2)
     sequence = sequence_in(cache)
@@ -168,6 +214,28 @@ def test_could_hold_asks_every_pool():
     other = sequence_in(cache)
     compute(cache, other, 1)
     assert cache.could_hold(4) and not cache.could_hold(5)     # two sliding pages and three global ones are left
+
+
+def test_layers_that_read_anothers_k_and_v_own_no_pages():
+    """Gemma 4 E2B: 3 global and 12 sliding owners of 35 layers; a reader's slot is its owner's."""
+    spec = preset("gemma-4-e2b")
+    pools = pool_specs(spec)
+    assert [(pool.kind, len(pool.layers), len(pool.shared)) for pool in pools] == [
+        ("sliding(512)", 12, 16), ("global", 3, 4)]
+    cache = KVCache(pools, [1, 1], 1, LANE)
+    assert cache.k[0].shape == (12, 1, 1, 1, 256) and cache.k[1].shape == (3, 1, 1, 1, 512)
+    assert sorted(cache.layer_slot) == list(range(35))
+    for i, layer in enumerate(spec.layers):
+        owner = i if layer.kv_from is None else {True: 14, False: 13}[layer.attention.window is None]
+        assert cache.layer_slot[i] == cache.layer_slot[owner]
+    assert len(set(cache.layer_slot.values())) == 15
+
+
+def test_chunked_and_global_layers_have_a_pool_each():
+    pools = pool_specs(preset("llama-4-maverick"))
+    assert [(pool.kind, pool.chunk, pool.window, len(pool.layers), pool.is_local) for pool in pools] == [
+        ("chunked(8192)", 8192, None, 36, True), ("global", None, None, 12, False)]
+    assert [pool.token_bytes(2) for pool in pools] == [36 * 4096, 49_152]
 
 
 def test_pools_are_grouped_by_window_and_geometry():

@@ -14,6 +14,7 @@ from engine.errors import ConfigError, MemoryPlanError
 from engine.kv_cache import KVCache
 from engine.memory_plan import host_memory_left, plan_memory
 from engine.models import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec, describe
+from engine.models.presets import preset
 from engine.sequence import Sequence
 from loaders.config import Config
 from tests import tiny
@@ -37,26 +38,45 @@ def by_kind(a_plan):
 
 # --- released models, from their config.json alone
 
-# K and V of one sequence in all sliding layers at the length of the window, MiB: from the dimensions of each model.
-SLIDING_MIB = {"gemma-3-270m": 7.5, "gemma-3-1b": 11, "gemma-3-4b": 116, "gemma-3-12b": 320, "gemma-3-27b": 416,
-               "gemma-4-12b": 320, "gemma-4-31b": 800}
+# K and V of one sequence in all local layers at the length of the window or chunk, MiB: from the dimensions of each
+# model. GPUs of 141 GB that it needs; where the longest sequence does not fit them, test_longest_sequence... has more.
+LOCAL_MIB = {"gemma-3-270m": 7.5, "gemma-3-1b": 11, "gemma-3-4b": 116, "gemma-3-12b": 320, "gemma-3-27b": 416,
+             "gemma-4-e2b": 6, "gemma-4-e4b": 20, "gemma-4-12b": 320, "gemma-4-26b-a4b": 200, "gemma-4-31b": 800,
+             "llama-4-scout": 1152, "llama-4-maverick": 1152}
+N_GPUS = {"llama-4-scout": 6, "llama-4-maverick": 8}
 
 
 @pytest.mark.parametrize("name", RELEASED)
-def test_released_models_on_one_gpu(directory, name):
-    released = RELEASED[name]
-    got = plan(directory(released.config), device="cuda", memory_bytes=141e9)
+def test_released_models_with_their_longest_sequence(directory, name):
+    """On one GPU, but for Llama 4: the 10 million tokens of Scout take 515 GB beside 216 GB of weights."""
+    released, memory_bytes = RELEASED[name], N_GPUS.get(name, 1) * 141e9
+    got = plan(directory(released.config), device="cuda", memory_bytes=memory_bytes)
     pools = by_kind(got)
+    local, = set(pools) - {"global"}
     assert got.weights_bytes == 2 * released.n_params
     assert pools["global"].token_bytes == released.global_token_bytes
-    assert pools["sliding"].token_bytes == released.n_sliding * released.sliding_token_bytes
-    assert pools["sliding"].token_bytes * released.window == SLIDING_MIB[name] * MiB
-    assert pools["sliding"].kind == f"sliding({released.window})"
-    assert got.max_seq_len == released.max_positions            # each fits one GPU with its longest sequence
+    assert pools[local].token_bytes == released.n_owners[1] * released.local_token_bytes
+    assert pools[local].token_bytes * released.reach == LOCAL_MIB[name] * MiB
+    assert pools[local].kind == f"{'chunked' if name.startswith('llama') else 'sliding'}({released.reach})"
+    assert got.max_seq_len == released.max_positions
     assert got.n_full_seqs >= 1
-    assert got.memory_bytes == int(0.9 * 141e9)
+    assert got.memory_bytes == int(0.9 * memory_bytes)
     assert got.weights_bytes + got.kv_bytes + got.workspace_bytes + got.free_bytes == got.memory_bytes
     assert got.free_bytes >= 0
+
+
+@pytest.mark.parametrize("name", RELEASED)
+def test_presets_are_planned_by_name(directory, name):
+    arguments = {"device": "cuda", "memory_bytes": N_GPUS.get(name, 1) * 141e9}
+    assert plan(name, **arguments) == plan(directory(RELEASED[name].config), **arguments)
+
+
+def test_a_directory_goes_before_a_preset_of_its_name(directory, monkeypatch):
+    path = directory(tiny.flat("gemma3"))
+    monkeypatch.chdir(path)
+    (path / "gemma-3-1b").mkdir()
+    (path / "config.json").rename(path / "gemma-3-1b/config.json")
+    assert plan("gemma-3-1b", device="cpu", memory_bytes=10**9).max_seq_len == 128
 
 
 def test_longest_sequence_that_a_smaller_memory_holds(directory):
@@ -66,6 +86,35 @@ def test_longest_sequence_that_a_smaller_memory_holds(directory):
     sliding_pages = (1024 + 2 + 16 - 2) // 16 + 1               # what 1026 positions touch at worst
     assert got.max_seq_len == (left - sliding_pages * 16 * 50 * 16_384) // (16 * 81_920) * 16
     assert 0 <= got.free_bytes < 16 * 81_920
+
+
+def test_longest_sequence_of_scout_on_two_gpus(directory):
+    """Beside its weights 37 GB are left: 0.75 million tokens at 49,152 bytes a token beyond the chunk."""
+    got = plan(directory(RELEASED["llama-4-scout"].config), device="cuda", memory_bytes=282e9)
+    left = got.memory_bytes - got.weights_bytes - got.workspace_bytes
+    chunk_pages = 8192 // 16 + 1                                # a chunk, and the first position of the next
+    assert got.max_seq_len == (left - chunk_pages * 16 * 36 * 4096) // (16 * 49_152) * 16
+    assert 700_000 < got.max_seq_len < 800_000
+    with pytest.raises(MemoryPlanError, match="126900000000 bytes cannot hold 215539722240 of weights"):
+        plan(directory(RELEASED["llama-4-scout"].config), device="cuda", memory_bytes=141e9)
+
+
+@pytest.mark.parametrize(("name", "table_bytes"), [("gemma-4-e2b", 2 * 262144 * 8960),
+                                                   ("gemma-4-e4b", 2 * 262144 * 10752)])
+def test_a_table_of_per_layer_inputs_left_in_host_memory(directory, name, table_bytes):
+    """4.7 and 5.6 GB less on the GPU; rows of a step's tokens travel through its input buffer instead."""
+    path = directory(RELEASED[name].config)
+    device, host = (plan(path, device="cuda", memory_bytes=24e9, ple=ple) for ple in ("device", "host"))
+    assert device.weights_bytes - host.weights_bytes == table_bytes
+    assert 0 < host.workspace_bytes - device.workspace_bytes <= 2048 * table_bytes // 262144
+    assert host.max_seq_len >= device.max_seq_len and host.n_full_seqs > device.n_full_seqs
+
+
+def test_ple_is_ignored_without_per_layer_inputs(directory):
+    path = directory(tiny.flat("gemma4"))
+    assert plan(path, device="cpu", memory_bytes=10**9, ple="host") == plan(path, device="cpu", memory_bytes=10**9)
+    with pytest.raises(ConfigError, match="ple is 'gpu', expected one of 'device', 'host'"):
+        plan(path, device="cpu", ple="gpu")
 
 
 def test_needs_no_weights_on_any_lane(directory):
@@ -101,9 +150,10 @@ def test_the_engine_runs_under_its_plan(tmp_path):
 @st.composite
 def models(draw):
     kinds = draw(st.lists(st.builds(
-        lambda window, n_kv_heads, half: AttentionSpec(4, n_kv_heads, 2 * half, 1.0, RopeSpec(1e4), window=window),
-        window=st.none() | st.integers(1, 70), n_kv_heads=st.sampled_from([1, 2, 4]), half=st.integers(1, 16)),
-        min_size=1, max_size=3))
+        lambda reach, n_kv_heads, half: AttentionSpec(4, n_kv_heads, 2 * half, 1.0, RopeSpec(1e4), **reach),
+        reach=st.sampled_from([{}]) | st.builds(lambda kind, n: {kind: n}, st.sampled_from(["window", "chunk"]),
+                                                st.integers(1, 70)),
+        n_kv_heads=st.sampled_from([1, 2, 4]), half=st.integers(1, 16)), min_size=1, max_size=3))
     layers = draw(st.lists(st.sampled_from(kinds), min_size=1, max_size=6))
     return ModelSpec("any", 16, 32, tuple(LayerSpec(kind, DenseSpec(16)) for kind in layers), 1e-6, 0.0, 4.0, None,
                      max_positions=draw(st.integers(1, 300)), tied=True)
@@ -151,7 +201,7 @@ def _assert_one_sequence_fits(got, n_tokens, page_size):
         cache.trim(sequence)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_plenty_of_memory_holds_max_seqs(directory, family):
     path = directory(tiny.flat(family))
     got = plan(path, device="cpu", memory_bytes=10**10, max_seqs=5)
@@ -243,8 +293,20 @@ def test_text():
 
 @pytest.mark.parametrize("name", RELEASED)
 def test_the_bytes_of_a_step_are_those_that_are_planned(directory, name):
-    """All weights but the norms, which are far below a thousandth of a large model; K and V of what a window leaves."""
-    got = plan(directory(RELEASED[name].config), device="cuda", memory_bytes=141e9, max_seq_len=20_000)
-    seq_bytes = sum(pool.token_bytes * min(pool.spec.window or 20_000, 20_000) for pool in got.pools)
-    assert got.full_step_bytes - got.step_bytes == pytest.approx((got.n_full_seqs - 1) * seq_bytes, rel=1e-4)
-    assert got.step_bytes == pytest.approx(got.weights_bytes + seq_bytes, rel=1e-3)
+    """All weights but the norms, which are far below a thousandth of a large model, tables of which a row is read, and
+    experts that the token does not take; K and V of what a window or chunk leaves, once for each layer that reads them.
+    """
+    got = plan(directory(RELEASED[name].config), device="cuda", memory_bytes=N_GPUS.get(name, 1) * 141e9,
+               max_seq_len=20_000)
+    spec = preset(name)
+    seq_bytes = 0
+    for pool in (pool.spec for pool in got.pools):
+        n_keys = 20_000 % pool.chunk if pool.chunk else min(pool.window or 20_000, 20_000)
+        seq_bytes += n_keys * (len(pool.layers) + len(pool.shared)) * pool.token_bytes(2) // len(pool.layers)
+    n_unread = spec.per_layer_vocab * spec.per_layer_width + (0 if spec.tied else spec.vocab * spec.hidden)
+    n_unread += sum(3 * spec.hidden * moe.intermediate * (moe.n_experts - moe.experts_per_token)
+                    for moe in (layer.moe for layer in spec.layers) if moe)
+    assert got.step_bytes == pytest.approx(got.weights_bytes - 2 * n_unread + seq_bytes, rel=1e-3)
+    if not any(layer.moe for layer in spec.layers):                             # more sequences touch more experts
+        assert got.full_step_bytes - got.step_bytes == pytest.approx(
+            (got.n_full_seqs - 1) * (seq_bytes + 2 * spec.per_layer_width), rel=1e-4)

@@ -1,203 +1,25 @@
-"""engine/models: config.json → ModelSpec. The field tables are held row by row; released shapes are exact."""
+"""engine/models: config.json → ModelSpec. Released shapes are exact; tests/test_model_fields.py has the fields."""
 
-import copy
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from engine.errors import ConfigError
-from engine.models import describe, gemma3, gemma4
-from engine.models.fields import Ignored, Only, Used
+from engine.models import TemperatureSpec
 from engine.models.registry import ARCHITECTURES, MODEL_TYPES
-from engine.weights import n_weights
-from loaders.config import Config
+from engine.tensors import n_weights
 from tests import tiny
+from tests.configs import ABSENT, LINEAR, PLAIN, refuses, spec_of, without
 from tests.released import GLOBAL, RELEASED, SLIDING
-
-ABSENT = object()
-LINEAR = {"rope_type": "linear", "factor": 8.0}
-PLAIN = {"rope_type": "default", "rope_theta": 1e4}
-QUARTER = {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}
-
-
-def without(values, *keys):
-    return {key: value for key, value in values.items() if key not in keys}
-
-
-def spec_of(config):
-    return describe(Config(config))
-
-
-def refuses(config, *expected, by=describe):
-    """`by` raises a ConfigError that holds every text of `expected`."""
-    with pytest.raises(ConfigError) as caught:
-        by(Config(config))
-    for text in expected:
-        assert text in str(caught.value)
-
-
-# --- the field tables, row by row
-
-@dataclass(frozen=True)
-class Place:
-    """Where a table holds: in `section` (None is the top level) of `config`, which `describe` reads."""
-
-    describe: Callable
-    table: dict
-    config: dict
-    section: str | None = None
-
-    def changed(self, key, value):
-        config = copy.deepcopy(self.config)
-        fields = config[self.section] if self.section else config
-        fields[key] = value
-        if value is ABSENT:
-            del fields[key]
-        return config
-
-    def spec(self, config=None):
-        return self.describe(Config(self.config if config is None else config))
-
-    def refuses(self, key, value):
-        name = f"{self.section}.{key}" if self.section else key
-        refuses(self.changed(key, value), f"config.json: {name}", by=self.describe)
-
-
-GEMMA4 = without(tiny.flat("gemma4"), "layer_types")        # as nothing may hide a field: every sixth layer is global
-GEMMA4_NESTED = {**tiny.nested("gemma4"), "text_config": without(GEMMA4, "architectures")}
-PLACES = {
-    "gemma3": Place(gemma3.describe_text, gemma3.TEXT_FIELDS, tiny.flat("gemma3")),
-    "gemma3 top": Place(gemma3.describe_multimodal, gemma3.MULTIMODAL_FIELDS, tiny.nested("gemma3")),
-    "gemma3 nested": Place(gemma3.describe_multimodal, gemma3.TEXT_FIELDS, tiny.nested("gemma3"), "text_config"),
-    "gemma4": Place(gemma4.describe_text, gemma4.TEXT_FIELDS, GEMMA4),
-    "gemma4 top": Place(gemma4.describe_multimodal, gemma4.MULTIMODAL_FIELDS, GEMMA4_NESTED),
-    "gemma4 nested": Place(gemma4.describe_multimodal, gemma4.TEXT_FIELDS, GEMMA4_NESTED, "text_config"),
-}
-
-
-def rows(kind):
-    return [pytest.param(place, key, id=f"{name}-{key}") for name, place in PLACES.items()
-            for key, row in place.table.items() if isinstance(row, kind)]
-
-
-@pytest.mark.parametrize(("place", "key"), rows(Ignored))
-def test_ignored_fields_change_nothing(place, key):
-    for value in ("odd", 12345, -0.5, True, [None, {}], {"a": 1}):
-        assert place.spec(place.changed(key, value)) == place.spec()
-
-
-@pytest.mark.parametrize(("place", "key"), rows(Only))
-def test_fields_that_must_have_one_value(place, key):
-    allowed = place.table[key].values
-    for value in (*allowed, None):
-        assert place.spec(place.changed(key, value)) == place.spec()
-    for value in ("odd", 12345, 0.5, True, False, 0, [False], {}):
-        if not any(value == one and type(value) is type(one) for one in allowed):
-            place.refuses(key, value)
-
-
-# Of every Used field: another legal value, which must change the ModelSpec, and values that must be refused by name.
-# None as the legal value: there is no other.
-WHOLE = ("8", 0, -1, 2.5, True, [8], 2**63)
-NUMBER = ("1", 0, -1.0, True, float("inf"), float("nan"), 10**400, [1.0])
-TRUTH = ("no", 0, 1, [True])
-IDS = ("1", -1, [1, "x"], [True], 1.5, {})
-USED_IN_TEXT = {
-    "vocab_size": (72, WHOLE),
-    "hidden_size": (48, WHOLE),
-    "intermediate_size": (48, WHOLE),
-    "num_hidden_layers": (7, (*WHOLE, 10**9)),
-    "num_attention_heads": (8, WHOLE),
-    "num_key_value_heads": (4, (*WHOLE, 3)),
-    "head_dim": (24, (*WHOLE, 15)),
-    "sliding_window": (6, WHOLE),
-    "rms_norm_eps": (1e-5, NUMBER),
-    "max_position_embeddings": (64, WHOLE),
-    "final_logit_softcapping": (15.0, NUMBER),
-    "tie_word_embeddings": (False, TRUTH),
-    "eos_token_id": ([1, 106], IDS),
-}
-USED_IN_GEMMA3 = {
-    **USED_IN_TEXT,
-    "query_pre_attn_scalar": (24, NUMBER),
-    "layer_types": ([GLOBAL] * 5, ("x", [], [SLIDING] * 4, [*[SLIDING] * 4, "chunked"], [[]] * 5)),
-    "sliding_window_pattern": (3, WHOLE),
-    "rope_theta": (5e5, NUMBER),
-    "rope_local_base_freq": (2e4, NUMBER),
-    "rope_scaling": ({"type": "linear", "factor": 4.0}, (
-        "linear", {"rope_type": "yarn", "factor": 8.0}, {"rope_type": "linear"}, {"rope_type": "linear", "factor": 0},
-        {"factor": 8.0}, {**LINEAR, "low_freq_factor": 1.0}, {**LINEAR, "rope_theta": "x"})),
-    "rope_parameters": ({GLOBAL: {**LINEAR, "rope_theta": 5e5}}, (
-        "x", LINEAR, {"chunked_attention": {}}, {SLIDING: LINEAR}, {GLOBAL: 8.0}, {GLOBAL: {"rope_type": "yarn"}},
-        {GLOBAL: {"rope_type": "default", "factor": 8.0}}, {GLOBAL: {**LINEAR, "beta_fast": 1.0}})),
-}
-USED_IN_GEMMA4 = {
-    **USED_IN_TEXT,
-    "layer_types": ([GLOBAL] * 6, ("x", [], [SLIDING] * 5, [*[SLIDING] * 5, "chunked"], [[]] * 6)),
-    "global_head_dim": (48, (*WHOLE, 15)),
-    "num_global_key_value_heads": (2, (*WHOLE, 3)),
-    "attention_k_eq_v": (False, TRUTH),
-    "per_layer_config": ({"2": {"head_dim": 48}}, (
-        "x", {"6": {}}, {"-1": {}}, {"two": {}}, {"2": 32}, {"2": {"head_dim": 15}}, {"2": {}, "02": {}},
-        {"2": {"num_key_value_heads": 3}}, {"2": {"sliding_window": 4}})),
-    "hidden_size_per_layer_input": (None, (256, ABSENT, "0", -1, False)),
-    "rope_parameters": ({SLIDING: PLAIN, GLOBAL: {**QUARTER, "factor": 2.0}}, (
-        "x", PLAIN, {SLIDING: PLAIN}, {SLIDING: PLAIN, GLOBAL: QUARTER, "chunked_attention": {}},
-        *({SLIDING: sliding, GLOBAL: QUARTER} for sliding in (
-            {**PLAIN, "partial_rotary_factor": 0.5}, {**PLAIN, "factor": 8.0}, without(PLAIN, "rope_type"),
-            without(PLAIN, "rope_theta"))),
-        *({SLIDING: PLAIN, GLOBAL: rope} for rope in (
-            {**QUARTER, "partial_rotary_factor": 1.5}, without(QUARTER, "partial_rotary_factor"),
-            {**QUARTER, "rope_type": "llama3"}, {**QUARTER, "beta_fast": 1.0})))),
-}
-
-
-def used_on_top(family):
-    return {"text_config": (without(tiny.flat(family, hidden_size=48), "architectures"), ("x", [], ABSENT)),
-            "tie_word_embeddings": (False, TRUTH), "eos_token_id": (7, IDS)}
-
-
-USED = {
-    "gemma3": USED_IN_GEMMA3,
-    "gemma3 top": used_on_top("gemma3"),
-    "gemma3 nested": {**USED_IN_GEMMA3, "final_logit_softcapping": (None, (30.0,))},
-    "gemma4": USED_IN_GEMMA4,
-    "gemma4 top": used_on_top("gemma4"),
-    "gemma4 nested": USED_IN_GEMMA4,
-}
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_every_used_field_is_tried(name):
-    assert set(USED[name]) == {key for key, row in PLACES[name].table.items() if isinstance(row, Used)}
-
-
-@pytest.mark.parametrize(("name", "key"), [(name, key) for name, used in USED.items() for key in used])
-def test_used_fields_count_and_are_checked(name, key):
-    place, (other, illegal) = PLACES[name], USED[name][key]
-    if other is not None:
-        assert place.spec(place.changed(key, other)) != place.spec()
-    for value in illegal:
-        place.refuses(key, value)
-
-
-@pytest.mark.parametrize("name", PLACES)
-def test_unknown_fields(name):
-    place = PLACES[name]
-    place.refuses("attention_multiplier", 0.5)
-    assert place.spec(place.changed("attention_multiplier", None)) == place.spec()
-
 
 # --- which model
 
 @pytest.mark.parametrize(("config", "expected"), [
-    ({"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"}, 'architectures is ["Llama4For'),
+    ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, 'architectures is ["LlamaForCausalLM"]'),
     ({"architectures": ["Gemma3TextModel"], "model_type": "gemma3_text"}, 'architectures is ["Gemma3TextModel"]'),
     ({"architectures": "Gemma3ForCausalLM"}, "expected a list"),
     ({"architectures": [["Gemma3ForCausalLM"]]}, 'architectures is [["Gemma3ForCausalLM"]]'),
-    ({"model_type": "llama4"}, 'model_type is "llama4", expected one of gemma3_text, gemma3'),
+    ({"model_type": "llama"}, 'model_type is "llama", expected one of gemma3_text, gemma3'),
     ({"model_type": 3}, "model_type is 3"),
     ({"architectures": [], "hidden_size": 8}, "architectures is [], expected one of Gemma3ForCausalLM"),
     ({"hidden_size": 8}, "architectures is missing, expected one of Gemma3ForCausalLM"),
@@ -207,7 +29,7 @@ def test_models_that_are_not_supported(config, expected):
     refuses(config, "config.json: ", expected)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "llama4"])
 @pytest.mark.parametrize("form", [tiny.flat, tiny.nested])
 def test_the_architecture_may_be_named_by_model_type(form, family):
     config = form(family)
@@ -221,10 +43,6 @@ def test_every_architecture_has_a_model_type():
 
 
 @pytest.mark.parametrize(("fields", "expected"), [
-    ({"enable_moe_block": True, "num_experts": 128}, ("text_config.enable_moe_block is true", "26B-A4B")),
-    ({"hidden_size_per_layer_input": 256}, ("text_config.hidden_size_per_layer_input is 256", "E2B, E4B")),
-    ({"num_kv_shared_layers": 20}, ("text_config.num_kv_shared_layers is 20", "E2B, E4B")),
-    ({"use_double_wide_mlp": True}, ("text_config.use_double_wide_mlp is true", "E2B")),
     ({"use_bidirectional_attention": "all"}, ('text_config.use_bidirectional_attention is "all"',)),
     ({"quantization_config": {"quant_method": "fp8"}}, ("text_config.quantization_config", "quantised")),
 ])
@@ -234,7 +52,7 @@ def test_gemma4_variants_that_are_not_supported(fields, expected):
 
 def test_other_models_that_are_not_supported():
     refuses(tiny.flat("gemma3", use_bidirectional_attention=True), "use_bidirectional_attention is true", "embedding")
-    for config in (tiny.flat("gemma3"), tiny.nested("gemma4")):
+    for config in (tiny.flat("gemma3"), tiny.nested("gemma4"), tiny.flat("llama4"), tiny.nested("llama4")):
         refuses({**config, "quantization_config": {"quant_method": "modelopt"}}, "quantization_config", "quantised")
 
 
@@ -244,19 +62,79 @@ def test_other_models_that_are_not_supported():
 def test_released_shapes(name):
     released = RELEASED[name]
     spec = spec_of(released.config)
-    by_kind = {is_global: [layer.attention for layer in spec.layers if (layer.attention.window is None) is is_global]
+    n, is_llama = len(spec.layers), spec.architecture == "llama4"
+    by_kind = {is_global: [layer.attention for layer in spec.layers if (layer.attention.kind == "global") is is_global]
                for is_global in (True, False)}
-    assert (len(by_kind[True]), len(by_kind[False])) == (released.n_global, released.n_sliding)
-    assert [i for i, layer in enumerate(spec.layers) if layer.attention.window is None] == \
-        list(range(5, len(spec.layers), 6))
-    assert {attention.window for attention in by_kind[False]} == {released.window}
+    assert (len(by_kind[True]), len(by_kind[False])) == (released.n_global, released.n_local)
+    period = {"gemma-4-e2b": 5}.get(name, 4 if is_llama else 6)
+    assert [i for i, layer in enumerate(spec.layers) if layer.attention.kind == "global"] == \
+        list(range(period - 1, n, period))
+    assert {attention.chunk if is_llama else attention.window for attention in by_kind[False]} == {released.reach}
     assert {attention.head_dim for attention in by_kind[True]} == {released.global_head_dim}
     assert {round(layer.attention.scale, 7) for layer in spec.layers} == {released.scale}
     assert n_weights(spec) == released.n_params
     assert spec.max_positions == released.max_positions
-    assert spec.eos_ids == (1, 106)
-    assert spec.tied and spec.norm_eps == 1e-6
+    assert spec.eos_ids == ((200001, 200007, 200008) if is_llama else (1, 106))
+    assert (spec.tied, spec.norm_eps) == ((False, 1e-5) if is_llama else (True, 1e-6))
     assert spec.logit_softcap == (30.0 if spec.architecture == "gemma4" else None)
+
+
+def test_e_series_layers():
+    """Consumers read the last layer of their kind that has K and V of its own; E2B's are twice as wide."""
+    e2b, e4b = (spec_of(RELEASED[name].config) for name in ("gemma-4-e2b", "gemma-4-e4b"))
+    assert (e2b.first_shared, e4b.first_shared) == (15, 24)
+    for spec, sliding, full in ((e2b, 13, 14), (e4b, 22, 23)):
+        first = spec.first_shared
+        assert [layer.kv_from for layer in spec.layers] == [None] * first + [
+            full if layer.attention.window is None else sliding for layer in spec.layers[first:]]
+    assert [layer.dense.intermediate for layer in e2b.layers] == [6144] * 15 + [12288] * 20
+    assert {layer.dense.intermediate for layer in e4b.layers} == {10240}
+    for spec, width in ((e2b, 8960), (e4b, 10752)):
+        assert (spec.per_layer_input, spec.per_layer_vocab, spec.per_layer_width) == (256, 262144, width)
+    assert spec_of(RELEASED["gemma-4-31b"].config).first_shared is None
+
+
+def test_26b_a4b_experts():
+    spec = spec_of(RELEASED["gemma-4-26b-a4b"].config)
+    for layer in spec.layers:
+        moe = layer.moe
+        assert (moe.n_experts, moe.experts_per_token, moe.intermediate, layer.dense.intermediate) == (128, 8, 704, 2112)
+        assert (moe.routing, moe.activation, moe.in_out) == ("softmax", "gelu_tanh", False)
+
+
+def test_llama4_layers():
+    """Experts in every layer of Scout and every second of Maverick, whose q and k have no norm."""
+    scout, maverick = (spec_of(RELEASED[name].config) for name in ("llama-4-scout", "llama-4-maverick"))
+    assert [i for i, layer in enumerate(maverick.layers) if layer.moe] == list(range(1, 48, 2))
+    assert all(layer.moe for layer in scout.layers)
+    for spec, n_experts, qk_norm in ((scout, 16, "plain"), (maverick, 128, None)):
+        for i, layer in enumerate(spec.layers):
+            attention, rope = layer.attention, i % 4 != 3
+            assert (attention.rope is not None, attention.chunk) == (rope, 8192 if rope else None)
+            assert attention.qk_norm == (qk_norm if rope else None)
+            assert attention.temperature == (None if rope else TemperatureSpec(0.1, 8192))
+            assert not layer.sandwich and layer.dense.activation == "silu"
+            assert layer.dense.intermediate == (8192 if layer.moe else 16384)
+            if layer.moe:
+                moe = layer.moe
+                assert (moe.n_experts, moe.experts_per_token, moe.intermediate) == (n_experts, 1, 8192)
+                assert (moe.routing, moe.activation, moe.in_out) == ("sigmoid", "silu", True)
+        assert spec.norm_rounds_first and spec.embed_scale == 1
+
+
+def test_llama4_rope():
+    """Of Scout's 64 pairs 29 are divided by 16; with factor 8 and high 4, 29 stay, 6 are blended and 29 divided."""
+    config = RELEASED["llama-4-scout"].config
+    plain = 5e5 ** -(np.arange(64) / 64)
+    rope = spec_of(config).layers[0].attention.rope
+    assert rope.interleaved
+    np.testing.assert_allclose(rope.inv_freq(128), np.where(np.arange(64) < 35, plain, plain / 16), rtol=1e-7)
+    other = {**config["text_config"]["rope_scaling"], "factor": 8.0, "high_freq_factor": 4.0}
+    blended = spec_of({**config, "text_config": {**config["text_config"], "rope_scaling": other}}).layers[0].attention
+    share = blended.rope.inv_freq(128) / plain
+    assert (int((share > 1 - 1e-6).sum()), int((share < 1 / 8 + 1e-6).sum())) == (29, 29)
+    maverick = spec_of(RELEASED["llama-4-maverick"].config).layers[0].attention
+    np.testing.assert_allclose(maverick.rope.inv_freq(128), plain, rtol=1e-7)
 
 
 def test_gemma3_rope():
@@ -369,7 +247,7 @@ def test_gemma4_defaults():
     assert (sliding.n_heads, sliding.n_kv_heads, full.n_kv_heads, full.v_is_k) == (8, 4, 4, False)
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
+@pytest.mark.parametrize("family", ["gemma3", "gemma4", "gemma4-e"])
 def test_text_ends_and_ties_on_two_levels(family):
     """The top level's ids of text ends go first. A contradiction about the head is refused: transformers 4 read the
     text section's word on it, transformers 5 reads the top level's."""
@@ -384,3 +262,82 @@ def test_text_ends_and_ties_on_two_levels(family):
     for top in (True, False):
         text = {**config["text_config"], "tie_word_embeddings": not top}
         refuses({**config, "text_config": text, "tie_word_embeddings": top}, "text_config.tie_word_embeddings is")
+
+
+# --- Llama 4 spellings
+
+TINY_LLAMA4 = tiny.flat("llama4")
+TINY_SCALING = TINY_LLAMA4["rope_scaling"]
+
+
+@pytest.mark.parametrize("changes", [
+    {"rope_scaling": {**without(TINY_SCALING, "rope_type"), "type": "llama3"}},
+    {"rope_theta": ABSENT},
+    {"rope_scaling": ABSENT, "rope_theta": ABSENT, "rope_parameters": {**TINY_SCALING, "rope_theta": 5e5}},
+    {"rope_scaling": ABSENT, "rope_parameters": TINY_SCALING},
+    {"rope_parameters": TINY_SCALING},
+    {"no_rope_layers": ABSENT},
+    {"no_rope_layers": [1, 1, 1, 0, 1, 1]},
+    {"layer_types": ["chunked_attention"] * 3 + [GLOBAL] + ["chunked_attention"] * 2},
+    {"interleave_moe_layer_step": 5, "moe_layers": [1, 3, 5]},
+    {"attn_temperature_tuning": 4},
+    {"attn_temperature_tuning": True},
+    {"attention_multiplier": 0.25},
+    {"use_qk_norm": ABSENT, "num_experts_per_tok": ABSENT, "no_rope_layer_interval": 4, "tie_word_embeddings": ABSENT},
+], ids=lambda changes: ",".join(changes))
+def test_llama4_spellings(changes):
+    config = {key: value for key, value in tiny.flat("llama4", **changes).items() if value is not ABSENT}
+    assert spec_of(config) == spec_of(TINY_LLAMA4)
+
+
+@pytest.mark.parametrize(("changes", "expected"), [
+    ({"rope_parameters": {**TINY_SCALING, "factor": 8.0}}, "rope_scaling is {"),
+    ({"rope_parameters": {**TINY_SCALING, "rope_theta": 1e6}}, "rope_theta is 500000.0, expected the 1000000.0"),
+])
+def test_llama4_rope_spellings_that_contradict_each_other(changes, expected):
+    refuses(tiny.flat("llama4", **changes), expected)
+
+
+def test_llama4_temperature_is_off_by_false_or_zero():
+    for off in (False, 0):
+        assert spec_of(tiny.flat("llama4", attn_temperature_tuning=off)).layers[3].attention.temperature is None
+
+
+def test_llama4_without_experts():
+    """An empty list of expert layers is a list: none has experts."""
+    assert not any(layer.moe for layer in spec_of(tiny.flat("llama4", moe_layers=[])).layers)
+
+
+def test_llama4_defaults():
+    """What Scout's file would mean if it left out whatever equals the class default."""
+    config = RELEASED["llama-4-scout"].config
+    text = without(config["text_config"], "attention_chunk_size", "attn_scale", "attn_temperature_tuning",
+                   "floor_scale", "head_dim", "intermediate_size_mlp", "no_rope_layers", "num_attention_heads",
+                   "num_experts_per_tok", "num_key_value_heads", "rms_norm_eps", "rope_theta", "tie_word_embeddings",
+                   "vocab_size", "interleave_moe_layer_step", "num_local_experts", "use_qk_norm", "hidden_act",
+                   "model_type")
+    top = without(config, "tie_word_embeddings")
+    assert spec_of({**top, "text_config": text}) == spec_of(config)
+    assert spec_of({**top, "text_config": without(text, "max_position_embeddings")}).max_positions == 131072
+
+
+def test_llama4_nulls_that_are_not_defaults():
+    """The class derives these two from others where the file says null, and takes its own numbers where it says
+    nothing."""
+    attention = spec_of(tiny.flat("llama4", head_dim=None, num_key_value_heads=None)).layers[0].attention
+    assert (attention.head_dim, attention.n_kv_heads) == (8, 4)
+
+
+def test_unified_has_no_experts_and_no_per_layer_inputs():
+    config = RELEASED["gemma-4-12b"].config
+    for fields, name in (({"enable_moe_block": True, "num_experts": 4, "top_k_experts": 1, "moe_intermediate_size": 8},
+                          "enable_moe_block"), ({"hidden_size_per_layer_input": 8}, "hidden_size_per_layer_input")):
+        refuses({**config, "text_config": {**config["text_config"], **fields}}, f"text_config.{name} is")
+
+
+def test_gemma4_per_layer_inputs_are_on_unless_told():
+    """The text class turns them on where the key is absent, the unified one does not (test_unified_defaults)."""
+    config = RELEASED["gemma-4-e4b"].config
+    text = without(config["text_config"], "hidden_size_per_layer_input", "vocab_size_per_layer_input")
+    assert spec_of({**config, "text_config": text}) == spec_of(config)
+    assert spec_of(tiny.flat("gemma4-e", hidden_size_per_layer_input=0)).per_layer_width == 0

@@ -9,10 +9,9 @@ import math
 import numpy as np
 import pytest
 
-from engine import reference
+from engine import reference, reference_products
 from engine.batch import PagedBatch
 from engine.kv_cache import PageList
-from engine.models.spec import Llama3Scaling, RopeSpec
 from engine.workspace import Scratch
 
 EPS = 1e-6
@@ -37,49 +36,7 @@ def rms_norm_f64(x, weight, offset):
     return normed if weight is None else normed * (weight.astype(np.float64) + offset)
 
 
-# --- norms, embedding, products
-
-@pytest.mark.parametrize("shape", [(1, 8), (7, 1), (33, 65), (3, 5, 24), (0, 16)])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-@pytest.mark.parametrize("has_weight", [True, False])
-def test_rms_norm(shape, offset, has_weight):
-    rng = np.random.default_rng(shape)
-    x, weight = 30 * f32(rng, *shape), f32(rng, shape[-1]) if has_weight else None
-    out = np.empty_like(x)
-    reference.rms_norm(x, weight, EPS, offset, out)
-    expected = rms_norm_f64(x, weight, offset)
-    close(out, expected, ROUNDED_ONCE)
-    reference.rms_norm(x, weight, EPS, offset, x)                       # in place
-    np.testing.assert_array_equal(x, out)
-
-
-def test_rms_norm_of_zeros_and_of_large_rows():
-    x = np.zeros((2, 8), np.float32)
-    x[1] = 1e15
-    reference.rms_norm(x, None, EPS, 0.0, x)
-    assert (x[0] == 0).all() and x[1] == pytest.approx(1.0)
-
-
-@pytest.mark.parametrize("n_tokens", [0, 1, 37])
-@pytest.mark.parametrize("has_post_weight", [True, False])
-@pytest.mark.parametrize("scalar", [None, 0.25])
-@pytest.mark.parametrize("offset", [0.0, 1.0])
-def test_add_norm(scalar, offset, has_post_weight, n_tokens):
-    """The branch keeps its values, unless the result is to go there."""
-    rng = np.random.default_rng(4)
-    residual, branch, post, following = f32(rng, n_tokens, 24), f32(rng, n_tokens, 24), f32(rng, 24), f32(rng, 24)
-    after = residual + (rms_norm_f64(branch, post, offset) if has_post_weight else branch)
-    after *= 1 if scalar is None else scalar
-    out, before, again = np.empty_like(residual), branch.copy(), residual.copy()
-    rest = (post if has_post_weight else None, following, EPS, offset,
-            None if scalar is None else np.array([scalar], np.float32))
-    reference.add_norm(residual, branch, *rest, out)
-    close(residual, after, ROUNDED_ONCE)
-    close(out, rms_norm_f64(after, following, offset), 2 * ROUNDED_ONCE)
-    np.testing.assert_array_equal(branch, before)
-    reference.add_norm(again, branch, *rest, branch)
-    np.testing.assert_array_equal(branch, out)
-
+# --- embedding, products
 
 def test_embed_scales_rows():
     rng = np.random.default_rng(5)
@@ -96,7 +53,7 @@ def test_linear_whatever_the_number_of_rows(n_tokens, n_in, n_out, monkeypatch):
     rng = np.random.default_rng([n_tokens, n_in])
     x, weight = f32(rng, n_tokens, n_in), f32(rng, n_out, n_in)
     expected = x.astype(np.float64) @ weight.T.astype(np.float64)
-    monkeypatch.setattr(reference, "CACHED_FLOATS", 1000)
+    monkeypatch.setattr(reference_products, "CACHED_FLOATS", 1000)
     out = np.full(n_tokens * n_out + 5, np.nan, np.float32)
     rows = out[:n_tokens * n_out].reshape(n_tokens, n_out)
     reference.linear(x, weight, rows)
@@ -174,136 +131,6 @@ def test_logit_softcap():
     reference.logit_softcap(logits, 30.0)
     close(logits, expected, ROUNDED_ONCE)
     assert np.abs(logits).max() <= 30
-
-
-# --- q, k and v: norms, rotation, pages
-
-def rotate_f64(x, positions, rope, head_dim):
-    """Rotation of [n_tokens, heads, head_dim]: the first n_pairs of the pairs (j, j + head_dim/2), or (2j, 2j + 1)."""
-    y = x.copy()
-    for j in range(rope.n_pairs(head_dim)):
-        angle = positions * (rope.theta ** (-2 * j / head_dim) / rope.factor)
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        first, second = (2 * j, 2 * j + 1) if rope.interleaved else (j, j + head_dim // 2)
-        a, b = x[..., first], x[..., second]
-        y[..., first], y[..., second] = a * cos - b * sin, b * cos + a * sin
-    return y
-
-
-def angles_of(rope, positions, head_dim, dtype=np.float32):
-    out = np.empty((len(positions), 2, rope.n_pairs(head_dim)), dtype)
-    reference.rope_angles(positions, rope.inv_freq(head_dim), out)
-    return out
-
-
-ROPES = {"full": RopeSpec(10_000.0), "linear": RopeSpec(1e6, factor=8.0), "quarter": RopeSpec(1e6, partial=0.25),
-         "none": RopeSpec(1e4, partial=0.0), "interleaved": RopeSpec(1e4, interleaved=True)}
-
-
-def test_llama3_scaling_of_scout():
-    """Llama 4 Scout: 35 of 64 pairs keep their frequency, the others have a 16th of it, none is blended."""
-    plain, scaled = (RopeSpec(5e5, factor, llama3=llama3).inv_freq(128) for factor, llama3 in
-                     ((1.0, None), (16.0, Llama3Scaling(1.0, 1.0, 8192))))
-    np.testing.assert_array_equal(scaled[:35], plain[:35])
-    np.testing.assert_array_equal(scaled[35:], plain[35:] / 16)
-
-
-def test_llama3_scaling_that_blends():
-    """29 pairs untouched, 6 blended, 29 divided by 8; by the formula with wavelengths."""
-    theta, factor, low, high, original = 5e5, 8.0, 1.0, 4.0, 8192
-    scaled = RopeSpec(theta, factor, llama3=Llama3Scaling(low, high, original)).inv_freq(128)
-    expected, n_blended = [], 0
-    for j in range(64):
-        inv = theta ** (-2 * j / 128)
-        wavelength = 2 * math.pi / inv
-        if wavelength < original / high:
-            expected.append(inv)
-        elif wavelength > original / low:
-            expected.append(inv / factor)
-        else:
-            share = (original / wavelength - low) / (high - low)
-            expected.append((1 - share) * inv / factor + share * inv)
-            n_blended += 1
-    assert n_blended == 6
-    np.testing.assert_allclose(scaled, expected, rtol=1.2e-7)
-
-
-def test_rope_angles_are_of_the_rounded_product():
-    """In float64 too: what a kernel is compared with has the kernel's angle."""
-    positions, inv_freq = np.array([0, 1, 77777], np.int32), np.array([1.0, 0.1, 1e-5], np.float32)
-    out = np.empty((3, 2, 3))
-    reference.rope_angles(positions, inv_freq, out)
-    angle = np.array([[np.float32(p) * f for f in inv_freq] for p in positions], np.float32).astype(np.float64)
-    np.testing.assert_array_equal(out, np.stack([np.cos(angle), np.sin(angle)], axis=1))
-
-
-@pytest.mark.parametrize("rope", ROPES)
-@pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(1, 1, 2), (4, 2, 16), (6, 1, 24), (3, 3, 6)])
-@pytest.mark.parametrize("v", ["projected", "normed", "is k"])
-def test_qk_norm_rope_cache(rope, n_heads, n_kv_heads, head_dim, v):
-    """q comes out normed and rotated; k and v land in their slots, v unrotated and without k's weight. A token with
-    slot -1 leaves nothing there, and qkv keeps its values."""
-    rope, offset = ROPES[rope], 1.0 if v == "projected" else 0.0
-    rng = np.random.default_rng([n_heads, head_dim])
-    n_tokens, page_size = 37, 4
-    positions = rng.integers(0, 500, n_tokens).astype(np.int32)
-    slots = rng.permutation(12 * page_size)[:n_tokens].astype(np.int32)
-    slots[[0, 5, 36]] = -1
-    n_in = n_heads + n_kv_heads * (1 if v == "is k" else 2)
-    qkv, q_norm, k_norm = f32(rng, n_tokens, n_in * head_dim), f32(rng, head_dim), f32(rng, head_dim)
-    heads = qkv.reshape(n_tokens, n_in, head_dim).astype(np.float64)
-    k_pages, v_pages = (np.full((12, page_size, n_kv_heads, head_dim), np.nan, np.float32) for _ in range(2))
-    before, q_out = qkv.copy(), np.empty((n_tokens, n_heads * head_dim), np.float32)
-    reference.qk_norm_rope_cache(qkv, q_norm, k_norm, angles_of(rope, positions, head_dim), slots, k_pages, v_pages,
-                                 n_heads=n_heads, v_norm=v != "projected", v_is_k=v == "is k", eps=EPS,
-                                 weight_offset=offset, interleaved=rope.interleaved, out=q_out)
-    np.testing.assert_array_equal(qkv, before)
-    q, k = heads[:, :n_heads], heads[:, n_heads:n_heads + n_kv_heads]
-    v = k if v == "is k" else heads[:, n_heads + n_kv_heads:]
-    v = v if offset else rms_norm_f64(v, None, 0.0)
-    def rotated(x, weight):
-        return rotate_f64(rms_norm_f64(x, weight, offset), positions.astype(np.float64), rope, head_dim)
-    most = 1e-4                                 # position · frequency is rounded to float32, at up to 500 radians
-    close(q_out.reshape(q.shape), rotated(q, q_norm), most)
-    kept = slots >= 0
-    close(k_pages.reshape(-1, n_kv_heads, head_dim)[slots[kept]], rotated(k, k_norm)[kept], most)
-    close(v_pages.reshape(-1, n_kv_heads, head_dim)[slots[kept]], v[kept], ROUNDED_ONCE)
-    untouched = np.setdiff1d(np.arange(12 * page_size), slots)
-    assert np.isnan(k_pages.reshape(-1, n_kv_heads, head_dim)[untouched]).all()
-    assert np.isnan(v_pages.reshape(-1, n_kv_heads, head_dim)[untouched]).all()
-
-
-def test_heads_without_norm_weights():
-    """None multiplies by nothing, as a weight of ones does."""
-    rng = np.random.default_rng(9)
-    qkv, angles = f32(rng, 3, 4 * 8), angles_of(RopeSpec(100.0), np.arange(3, dtype=np.int32), 8)
-    results = []
-    for weight in (None, np.ones(8, np.float32)):
-        pages, out = np.zeros((2, 1, 3, 1, 8), np.float32), np.empty((3, 16), np.float32)
-        reference.qk_norm_rope_cache(qkv, weight, weight, angles, np.arange(3, dtype=np.int32), *pages, n_heads=2,
-                                     v_norm=False, v_is_k=False, eps=EPS, weight_offset=0.0, out=out)
-        results.append((out, pages))
-    for a, b in zip(*results, strict=True):
-        np.testing.assert_array_equal(a, b)
-
-
-def test_rotation_keeps_relative_positions():
-    """q · k depends on the distance alone, and no rotation happens at position 0."""
-    rng = np.random.default_rng(7)
-    q, k = f32(rng, 1, 16), f32(rng, 1, 16)
-    def product(at_q, at_k):
-        qkv = np.concatenate([q, k, k], axis=1)
-        k_pages, v_pages = np.zeros((2, 1, 1, 1, 16), np.float32)
-        rotated_k = []
-        for position in (at_q, at_k):
-            angles, out = angles_of(RopeSpec(100.0), np.array([position], np.int32), 16), np.empty((1, 16), np.float32)
-            reference.qk_norm_rope_cache(
-                qkv, np.ones(16, np.float32), np.ones(16, np.float32), angles, np.array([0], np.int32), k_pages,
-                v_pages, n_heads=1, v_norm=False, v_is_k=False, eps=EPS, weight_offset=0.0, out=out)
-            rotated_k.append((out[0], k_pages[0, 0, 0].copy()))
-        return rotated_k[0][0] @ rotated_k[1][1]
-    assert product(5, 3) == pytest.approx(product(9, 7), abs=1e-5) == pytest.approx(product(2, 0), abs=1e-5)
-    assert abs(product(5, 3) - product(5, 5)) > 1e-2
 
 
 # --- attention

@@ -11,36 +11,52 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from engine.models import describe
-from engine.weights import EMBED, HEADS, targets
+from engine.tensors import EMBED, HEADS, PER_LAYER_EMBED, targets
 from loaders.config import Config
 
-# Every size differs from the others where it can, the window is shorter than any prompt worth running, and both kinds
-# of layers come twice.
+# Every size differs from the others where it can, windows and chunks are shorter than any prompt worth running, and
+# each kind of layer comes twice where it can.
 SIZES = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 40, "num_attention_heads": 4,
-         "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5, "rms_norm_eps": 1e-6,
-         "max_position_embeddings": 128, "eos_token_id": 1}
+         "num_key_value_heads": 2, "head_dim": 16, "rms_norm_eps": 1e-6, "max_position_embeddings": 128,
+         "eos_token_id": 1}
 FLAT = {
     "gemma3": {
-        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **SIZES, "num_hidden_layers": 5,
-        "sliding_window_pattern": 2, "query_pre_attn_scalar": 20, "rope_theta": 1e6, "rope_local_base_freq": 1e4,
-        "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
+        "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **SIZES, "sliding_window": 5,
+        "num_hidden_layers": 5, "sliding_window_pattern": 2, "query_pre_attn_scalar": 20, "rope_theta": 1e6,
+        "rope_local_base_freq": 1e4, "rope_scaling": {"rope_type": "linear", "factor": 8.0}},
     "gemma4": {
-        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", **SIZES, "num_hidden_layers": 6,
-        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2, "global_head_dim": 32,
-        "num_global_key_value_heads": 1, "attention_k_eq_v": True, "final_logit_softcapping": 30.0,
-        "hidden_size_per_layer_input": 0,
+        "architectures": ["Gemma4ForCausalLM"], "model_type": "gemma4_text", **SIZES, "sliding_window": 5,
+        "num_hidden_layers": 6, "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
+        "global_head_dim": 32, "num_global_key_value_heads": 1, "attention_k_eq_v": True,
+        "final_logit_softcapping": 30.0, "hidden_size_per_layer_input": 0,
         "rope_parameters": {
             "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
             "full_attention": {"rope_type": "proportional", "rope_theta": 1e6, "partial_rotary_factor": 0.25}}},
 }
+FLAT["gemma4-moe"] = {**FLAT["gemma4"], "enable_moe_block": True, "num_experts": 8, "top_k_experts": 2,
+                      "moe_intermediate_size": 12}
+# Layers 3 to 5 read the K and V of layers 1 and 2.
+FLAT["gemma4-e"] = {**FLAT["gemma4"], "attention_k_eq_v": False, "num_global_key_value_heads": None,
+                    "num_kv_shared_layers": 3, "use_double_wide_mlp": True, "hidden_size_per_layer_input": 8,
+                    "vocab_size_per_layer_input": 112}
+# No RoPE on layer 3, experts in layers 1, 3 and 5.
+FLAT["llama4"] = {
+    "architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text", **SIZES, "num_hidden_layers": 6,
+    "rms_norm_eps": 1e-5, "no_rope_layers": [], "attention_chunk_size": 8, "floor_scale": 5, "attn_scale": 0.3,
+    "interleave_moe_layer_step": 2, "intermediate_size": 24, "intermediate_size_mlp": 40,
+    "num_local_experts": 8, "num_experts_per_tok": 1, "rope_theta": 5e5, "tie_word_embeddings": False,
+    "rope_scaling": {"rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 1.0,
+                     "original_max_position_embeddings": 64}}
+FAMILIES = tuple(FLAT)
 NESTED = {
     "gemma3": {"architectures": ["Gemma3ForConditionalGeneration"], "model_type": "gemma3"},
     "gemma4": {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4"},
+    "llama4": {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"},
 }
 
 
 def flat(family, **fields):
-    """The config.json of a text-only checkpoint of "gemma3" or "gemma4", as a dict, with `fields` changed."""
+    """The config.json of a text-only checkpoint of one of FAMILIES, as a dict, with `fields` changed."""
     return {**FLAT[family], **fields}
 
 
@@ -48,7 +64,7 @@ def nested(family, **fields):
     """The config.json of a multimodal checkpoint, its vision part left out; `fields` change the text section."""
     text = flat(family, **fields)
     del text["architectures"]
-    return {**NESTED[family], "text_config": text}
+    return {**NESTED[family.partition("-")[0]], "text_config": text}
 
 
 def random_tensors(config, seed=0):
@@ -64,8 +80,10 @@ def random_tensors(config, seed=0):
                 values = 1 + 0.2 * values - (spec.norm_offset if target.is_norm else 0)
             elif name in (EMBED, HEADS[0]):
                 values *= 0.2                               # small, so that the layers decide what comes next
+            elif name == PER_LAYER_EMBED:
+                values *= 0.2
             else:
-                values /= shape[1] ** 0.5
+                values /= target.n_in ** 0.5
             tensors[name] = values.astype(bfloat16).astype(np.float32)
     return tensors
 

@@ -13,25 +13,31 @@ from tests import tiny
 
 VOCAB = 96
 EOS, BOS = 1, 2
-KINDS = {"s": "sliding_attention", "g": "full_attention"}
+KINDS = {"s": "sliding_attention", "g": "full_attention", "c": "chunked_attention"}
 # Small heads: Gemma 4 does not scale q · k, and with wider ones its softmax is so sharp that it multiplies rounding.
-HEADS = {"gemma3": {"head_dim": 8}, "gemma4": {"head_dim": 8, "global_head_dim": 16}}
+GEMMA4 = {"head_dim": 8, "global_head_dim": 16}
+FIELDS = {"gemma3": {"head_dim": 8}, "gemma4": GEMMA4, "gemma4-moe": GEMMA4, "llama4": {"head_dim": 8},
+          "gemma4-e": {**GEMMA4, "num_kv_shared_layers": 2, "vocab_size_per_layer_input": VOCAB}}
+LAYERS = {"gemma4-e": "sgsg", "llama4": "ccgc"}     # the others: "ssgs"
 TEMPLATE = ("{{ bos_token }}{% for message in messages %}<turn>{{ message.role }} "
             "{% if message.content is string %}{{ message.content }}{% else %}"
             "{% for part in message.content %}{{ part.text }}{% endfor %}{% endif %}{% endfor %}<turn>model ")
 
 
-def write(directory, family, seed=0, layers="ssgs", generation=None, with_text=True, **fields):
-    """A checkpoint of "gemma3" or "gemma4" in `directory`, which it returns.
+def write(directory, family, seed=0, layers=None, generation=None, with_text=True, **fields):
+    """A checkpoint of one of FIELDS in `directory`, which it returns.
 
-    layers      a letter each: s for sliding, g for global
+    layers      a letter each: s for sliding, g for global (of Llama 4: without RoPE), c for chunked
     generation  what generation_config.json holds; None writes no such file
     with_text   with the files of a tokenizer and a chat template
     fields      further fields of config.json
     """
+    layers = layers or LAYERS.get(family, "ssgs")
+    if family == "llama4":
+        fields = {"no_rope_layers": [int(kind != "g") for kind in layers], **fields}
     config = tiny.flat(family, tie_word_embeddings=False, num_hidden_layers=len(layers),
                        layer_types=[KINDS[kind] for kind in layers],
-                       **{"vocab_size": VOCAB, **HEADS[family], **fields})
+                       **{"vocab_size": VOCAB, **FIELDS[family], **fields})
     tiny.write_checkpoint(directory, config, seed=seed)
     if generation is not None:
         (directory / "generation_config.json").write_text(json.dumps(generation))

@@ -1,10 +1,10 @@
-"""Rows gathered by number (cuda/embedding.cu)."""
+"""Rows gathered by number, rows times a number (cuda/embedding.cu)."""
 
 from engine.errors import ShapeError
 from engine.kernels.match import match
 from engine.kernels.source import BF16, Kernel
 
-EMBED, SELECT_ROWS = Kernel("embedding.cu", "embed"), Kernel("embedding.cu", "select_rows")
+EMBED, SELECT_ROWS, SCALE_ROWS = (Kernel("embedding.cu", entry) for entry in ("embed", "select_rows", "scale_rows"))
 THREADS = 128
 MULTIPLE = 4                    # of every hidden
 WORD = 4                        # bytes
@@ -54,7 +54,25 @@ def select_rows(x, rows, out):
     return out
 
 
+def scale_rows(x, weights, out):
+    """out[t * k + s] = x[t] * weights[t, s], the weight rounded to bf16, then the product.
+
+    x        [n_tokens, hidden] bf16; hidden a multiple of 4
+    weights  [n_tokens, k] float32
+    out      [n_tokens * k, hidden] bf16, another array
+    Raises ShapeError. Source: HF modeling_llama4, Llama4TextMoe.
+    """
+    dims = match("scale_rows", x=(x, "n_tokens hidden", BF16), weights=(weights, "n_tokens k", "float32"))
+    match("scale_rows", dims={"pairs": dims.n_tokens * dims.k, "hidden": dims.hidden}, out=(out, "pairs hidden", BF16))
+    if dims.hidden % MULTIPLE or not dims.hidden:
+        raise ShapeError(f"scale_rows: hidden is {dims.hidden}, expected a multiple of {MULTIPLE}")
+    SCALE_ROWS(THREADS=THREADS).launch(_grid(dims.n_tokens, 2 * dims.hidden), (THREADS,),
+                                       (x, weights, out, dims.k, dims.hidden))
+
+
 def variants(spec, max_tokens):
     """(Build, threads of a block, dynamic shared memory) of all that a ModelSpec launches."""
     yield EMBED(THREADS=THREADS), THREADS, 0
     yield SELECT_ROWS(THREADS=THREADS), THREADS, 0
+    if any(layer.moe and layer.moe.routing == "sigmoid" for layer in spec.layers):
+        yield SCALE_ROWS(THREADS=THREADS), THREADS, 0

@@ -197,13 +197,22 @@ def shapes(spec):
 
 
 def layer_shapes(spec):
-    """The same without the head, whose product is taken of the rows whose logits are wanted only."""
+    """The same without the head, whose product is taken of the rows whose logits are wanted only, and without experts,
+    which have kernels of their own."""
+    hidden, per_layer = spec.hidden, spec.per_layer_input
+    if per_layer:
+        yield spec.per_layer_width, hidden
     for layer in spec.layers:
-        attention, intermediate = layer.attention, layer.mlp.intermediate
-        yield attention.qkv_width, spec.hidden
-        yield spec.hidden, attention.q_width
-        yield 2 * intermediate, spec.hidden
-        yield spec.hidden, intermediate
+        yield layer.qkv_width, hidden
+        yield hidden, layer.attention.q_width
+        if layer.dense:
+            yield 2 * layer.dense.intermediate, hidden
+            yield hidden, layer.dense.intermediate
+        if layer.moe:
+            yield layer.moe.n_experts, hidden
+        if per_layer:
+            yield per_layer, hidden
+            yield hidden, per_layer
 
 
 def variants(spec, max_tokens):

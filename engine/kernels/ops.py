@@ -3,18 +3,20 @@
 from types import SimpleNamespace
 
 from engine.errors import ConfigError
-from engine.kernels import cublas, gemm, paged, sampling
-from engine.kernels.activation import logit_softcap
+from engine.kernels import cublas, gemm, moe, paged, sampling
+from engine.kernels.activation import gate_per_layer, logit_softcap
 from engine.kernels.attention import MOST_GROUP, MOST_HEAD_DIM, MULTIPLE, attention
-from engine.kernels.embedding import embed, select_rows
+from engine.kernels.embedding import embed, scale_rows, select_rows
 from engine.kernels.gemm import gated_linear, linear
-from engine.kernels.rmsnorm import MOST_HIDDEN, add_norm, rms_norm
-from engine.kernels.rope import qk_norm_rope_cache, rope_angles
+from engine.kernels.moe import MOST_CHOSEN, MOST_EXPERTS, moe_combine, moe_gated_linear, moe_linear, moe_route
+from engine.kernels.rmsnorm import MOST_HIDDEN, add_norm, add_norms, mix_per_layer, rms_norm, router_norm
+from engine.kernels.rope import attention_temperature, qk_norm_rope_cache, rope_angles
 from engine.kernels.sampling import apply_edits, sample, top_logprobs
 
-__all__ = ["add_norm", "apply_edits", "attention", "check", "embed", "explain", "gated_linear", "linear",
-           "logit_softcap", "qk_norm_rope_cache", "rms_norm", "rope_angles", "sample", "scratch_size", "select_rows",
-           "top_logprobs"]
+__all__ = ["add_norm", "add_norms", "apply_edits", "attention", "attention_temperature", "check", "embed", "explain",
+           "gate_per_layer", "gated_linear", "linear", "logit_softcap", "mix_per_layer", "moe_combine",
+           "moe_gated_linear", "moe_linear", "moe_route", "qk_norm_rope_cache", "rms_norm", "rope_angles",
+           "router_norm", "sample", "scale_rows", "scratch_size", "select_rows", "top_logprobs"]
 
 
 def scratch_size(spec, max_tokens, max_logit_rows):
@@ -33,7 +35,7 @@ def with_cublas():
 
     def scratch_with_cublas(spec, max_tokens, max_logit_rows):
         sizes = [scratch_size(spec, max_tokens, max_logit_rows)]
-        sizes += [cublas.scratch_size(2 * layer.mlp.intermediate, spec.hidden, max_tokens) for layer in spec.layers]
+        sizes += [cublas.scratch_size(2 * spec.widest_dense, spec.hidden, max_tokens)]
         return tuple(map(max, zip(*sizes, strict=True)))
 
     def explain_with_cublas(spec, max_tokens):
@@ -48,10 +50,19 @@ def check(spec):
     if spec.hidden > MOST_HIDDEN:
         raise ConfigError(f"hidden_size is {spec.hidden}: the norm kernels take up to {MOST_HIDDEN}; device='cpu' "
                           "takes any")
-    sizes = {"hidden_size": spec.hidden, "vocab_size": spec.vocab}
+    sizes = {"hidden_size": spec.hidden, "vocab_size": spec.vocab,
+             "hidden_size_per_layer_input": spec.per_layer_input}
     for layer in spec.layers:
         attention = layer.attention
-        sizes |= {"intermediate_size": layer.mlp.intermediate, "head_dim": attention.head_dim}
+        sizes["head_dim"] = attention.head_dim
+        if layer.dense:
+            sizes["intermediate_size"] = layer.dense.intermediate
+        if layer.moe:
+            sizes |= {"the experts' intermediate size": layer.moe.intermediate,
+                      "the number of experts": layer.moe.n_experts}
+            if layer.moe.n_experts > MOST_EXPERTS or layer.moe.experts_per_token > MOST_CHOSEN:
+                raise ConfigError(f"{layer.moe.experts_per_token} of {layer.moe.n_experts} experts a token: the "
+                                  f"kernels take up to {MOST_CHOSEN} of {MOST_EXPERTS}; device='cpu' takes any")
         if attention.head_dim > MOST_HEAD_DIM or attention.n_heads > MOST_GROUP * attention.n_kv_heads:
             raise ConfigError(f"{attention.n_heads} query and {attention.n_kv_heads} KV heads of {attention.head_dim}: "
                               f"the attention kernel takes up to {MOST_GROUP} query heads a KV head, of at most "
@@ -72,6 +83,10 @@ def explain(spec, max_tokens):
         n_splits, length = gemm.splits(n_rows, n_in)
         yield f"  [{n_rows}, {n_in}]: " + (f"{n_splits} sums of {length}, whose blocks fill the machine for one token"
                                            if n_splits > 1 else "one sum")
+    for e in moe.experts(spec):
+        used = [moe.tile_for(n, e.experts_per_token, e.n_experts, e.in_out) for n in (1, max_tokens)]
+        yield (f"{e.n_experts} experts of {e.intermediate}: tiles of {used[0].rows} weights x {used[0].tokens} tokens "
+               f"for one token, {used[1].rows} x {used[1].tokens} for {max_tokens}")
     yield from explain_attention(spec)
 
 
@@ -79,6 +94,6 @@ def explain_attention(spec):
     """A line for each kind of attention."""
     for a in dict.fromkeys(layer.attention for layer in spec.layers):
         decode, prefill = (paged.geometry(a.head_dim, is_decode) for is_decode in (True, False))
-        split = paged.split_keys(a.n_kv_heads, a.window)
+        split = paged.split_keys(a.n_kv_heads, a.window, a.chunk)
         yield (f"{a.kind} attention, head_dim {a.head_dim}: {decode.rows} rows a block for decoding, {prefill.rows} "
                f"for prefill; tiles of {decode.keys} keys, partial sums every {split}")

@@ -1,14 +1,22 @@
-"""Config readings that the Gemma families share."""
+"""Config readings that several families share."""
+
+from loaders.config import REQUIRED
 
 SLIDING, GLOBAL = "sliding_attention", "full_attention"
 MOST_LAYERS = 1000          # released models have up to 62; a slip in the file must not fill the memory with LayerSpecs
 
 
-def layer_types(config, pattern):
-    """The kind of each layer: the list in the file, else every `pattern`-th layer is global."""
+def n_layers(config):
+    """The number of layers, within reason."""
     n = config.int("num_hidden_layers")
     if n > MOST_LAYERS:
         raise config.error("num_hidden_layers", f"at most {MOST_LAYERS}")
+    return n
+
+
+def layer_types(config, pattern):
+    """The kind of each layer: the list in the file, else every `pattern`-th layer is global."""
+    n = n_layers(config)
     listed = config.list("layer_types", None, length=n, one_of=(SLIDING, GLOBAL))
     return listed or [GLOBAL if (i + 1) % pattern == 0 else SLIDING for i in range(n)]
 
@@ -29,6 +37,14 @@ def head_dim(config, key, default):
     return dim
 
 
+def experts_per_token(config, key, n_experts, default=REQUIRED):
+    """How many of its experts a layer uses for a token."""
+    n = config.int(key, default)
+    if n > n_experts:
+        raise config.error(key, f"at most the {n_experts} experts")
+    return n
+
+
 def refuse_unknown(section, allowed):
     """Raises ConfigError for a key of `section` outside `allowed`."""
     for key in section:
@@ -36,10 +52,10 @@ def refuse_unknown(section, allowed):
             raise section.error(key, "no field but " + ", ".join(allowed))
 
 
-def is_tied(config, text):
+def is_tied(config, text, default=True):
     """tie_word_embeddings of a file with a text section. Versions of transformers differ on which level decides, so a
     file that says it twice must say the same."""
-    inner = text.bool("tie_word_embeddings", config.bool("tie_word_embeddings", True))
+    inner = text.bool("tie_word_embeddings", config.bool("tie_word_embeddings", default))
     if config.bool("tie_word_embeddings", inner) != inner:
         raise text.error("tie_word_embeddings", "the value that the top level has")
     return inner

@@ -1,11 +1,22 @@
-"""Gemma 4 dense text decoder: two head dims, partial RoPE and K=V on global layers, V norm, a scalar per layer.
+"""Gemma 4 text decoders: two head dims, partial RoPE and K=V on global layers, V norm, a scalar per layer.
 
+The MoE model (26B-A4B) has experts beside each dense MLP. In the E-series a second embedding table feeds every layer,
+and the last layers read the K and V of the last one of their kind before them.
 Source: Gemma 4 model cards; HF modeling_gemma4. RMSNorm weights multiply directly (norm_offset 0).
 """
 
-from engine.models.common import GLOBAL, SLIDING, head_dim, is_tied, kv_heads, layer_types, refuse_unknown
+from engine.models.common import (
+    GLOBAL,
+    SLIDING,
+    experts_per_token,
+    head_dim,
+    is_tied,
+    kv_heads,
+    layer_types,
+    refuse_unknown,
+)
 from engine.models.fields import COMMON, USED, check_fields, ignored, only
-from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec
+from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, MoeSpec, RopeSpec
 
 TEXT_FIELDS = {
     **COMMON,
@@ -14,19 +25,15 @@ TEXT_FIELDS = {
                      "num_key_value_heads", "head_dim", "global_head_dim", "num_global_key_value_heads",
                      "per_layer_config", "attention_k_eq_v", "sliding_window", "layer_types", "rope_parameters",
                      "rms_norm_eps", "max_position_embeddings", "final_logit_softcapping", "tie_word_embeddings",
-                     "hidden_size_per_layer_input"], USED),
+                     "hidden_size_per_layer_input", "vocab_size_per_layer_input", "num_kv_shared_layers",
+                     "use_double_wide_mlp", "enable_moe_block", "num_experts", "top_k_experts",
+                     "moe_intermediate_size"], USED),
     "hidden_activation": only("gelu_pytorch_tanh", otherwise="another activation"),
     "attention_bias": only(False, otherwise="projections with biases"),
     "attn_logit_softcapping": only(otherwise="a softcap on attention scores"),
     "query_pre_attn_scalar": only(otherwise="scaled attention, which Gemma 4 has not"),
     "interleaved_rope_weights": only(False, otherwise="q and k rows permuted for interleaved RoPE pairs"),
     "use_bidirectional_attention": only("vision", False, otherwise="an encoder, which cannot generate"),
-    "enable_moe_block": only(False, otherwise="the MoE models (26B-A4B)"),
-    "num_kv_shared_layers": only(0, otherwise="KV-shared layers (E2B, E4B)"),
-    "use_double_wide_mlp": only(False, otherwise="double-wide MLPs (E2B)"),
-    **ignored("sizes of the MoE block, which enable_moe_block turns on", "num_experts", "top_k_experts",
-              "moe_intermediate_size"),
-    **ignored("the per-layer table's size, which hidden_size_per_layer_input turns on", "vocab_size_per_layer_input"),
 }
 
 MULTIMODAL_FIELDS = {
@@ -43,7 +50,8 @@ UNUSED_IN_TEXT = tuple(prefix + part for part in ("vision_tower.", "audio_tower.
                                                   "vision_embedder.") for prefix in ("model.", ""))
 
 
-# What a key that is left out means, by text class. 256 turns per-layer inputs on.
+# What a key that is left out means, by text class. 256 turns per-layer inputs on; the unified class has none, nor
+# experts.
 ABSENT = {"hidden_size_per_layer_input": 256, "sliding_window": 512, "max_position_embeddings": 131072}
 ABSENT_UNIFIED = {"hidden_size_per_layer_input": 0, "sliding_window": 1024, "max_position_embeddings": 262144}
 
@@ -68,20 +76,56 @@ def describe_unified(config):
 
 def _describe(config, absent, *, tied, eos_ids, unused=()):
     check_fields(config, TEXT_FIELDS)
-    if config.int("hidden_size_per_layer_input", absent["hidden_size_per_layer_input"], least=0):
-        raise config.error("hidden_size_per_layer_input",
-                           "0: per-layer inputs (E2B, E4B; absent means on) are not supported yet")
-    hidden = config.int("hidden_size")
-    kinds = layer_types(config, 6)
-    mlp = DenseSpec(config.int("intermediate_size"))
+    hidden, vocab = config.int("hidden_size"), config.int("vocab_size", 262144)
+    per_layer_input = config.int("hidden_size_per_layer_input", absent["hidden_size_per_layer_input"], least=0)
+    if absent is ABSENT_UNIFIED:
+        if per_layer_input:
+            raise config.error("hidden_size_per_layer_input", "0: the unified model has no per-layer inputs")
+        if config.bool("enable_moe_block", False):
+            raise config.error("enable_moe_block", "false: the unified model has no experts")
     return ModelSpec(
-        architecture="gemma4", hidden=hidden, vocab=config.int("vocab_size", 262144),
-        layers=tuple(LayerSpec(attention, mlp, layer_scalar=True)
-                     for attention in _attentions(config, kinds, absent["sliding_window"])),
+        architecture="gemma4", hidden=hidden, vocab=vocab, layers=tuple(_layers(config, absent["sliding_window"])),
         norm_eps=config.float("rms_norm_eps", 1e-6), norm_offset=0.0, embed_scale=hidden**0.5,
         logit_softcap=config.float("final_logit_softcapping", None),
         max_positions=config.int("max_position_embeddings", absent["max_position_embeddings"]), tied=tied,
-        eos_ids=eos_ids, unused_prefixes=unused)
+        eos_ids=eos_ids, unused_prefixes=unused, per_layer_input=per_layer_input,
+        per_layer_vocab=_per_layer_vocab(config, vocab) if per_layer_input else 0)
+
+
+def _per_layer_vocab(config, vocab):
+    n_rows = config.int("vocab_size_per_layer_input", 262144)
+    if n_rows < vocab:
+        raise config.error("vocab_size_per_layer_input", f"at least the {vocab} ids of the vocabulary")
+    return n_rows
+
+
+def _layers(config, default_window):
+    """The LayerSpecs. Layers from the first shared one on read the K and V of the last layer of their kind before it,
+    and may have MLPs of twice the width."""
+    kinds = layer_types(config, 6)
+    attentions = list(_attentions(config, kinds, default_window))
+    n_shared = config.int("num_kv_shared_layers", 0, least=0)
+    first = len(kinds) - n_shared
+    producers = {kind: i for i, kind in enumerate(kinds[:max(first, 0)])}
+    if any(kind not in producers for kind in kinds):
+        raise config.error("num_kv_shared_layers", f"to leave a layer of each kind, of {len(kinds)} layers, with K and "
+                                                   "V of its own")
+    width, wider = config.int("intermediate_size"), 2 if config.bool("use_double_wide_mlp", False) else 1
+    for i, (kind, attention) in enumerate(zip(kinds, attentions, strict=True)):
+        kv_from = producers[kind] if i >= first else None
+        if kv_from is not None and attentions[kv_from] != attention:
+            raise config.error("per_layer_config", f"layer {i} like layer {kv_from}, whose K and V it reads")
+        mlp = _mlp(config, DenseSpec(width if kv_from is None else wider * width))
+        yield LayerSpec(attention, mlp, layer_scalar=True, kv_from=kv_from)
+
+
+def _mlp(config, dense):
+    """The dense MLP of a layer, with the experts beside it where the model has them."""
+    if not config.bool("enable_moe_block", False):
+        return dense
+    n_experts = config.int("num_experts")
+    return MoeSpec(n_experts, experts_per_token(config, "top_k_experts", n_experts),
+                   config.int("moe_intermediate_size"), dense, routing="softmax")
 
 
 def _attentions(config, kinds, default_window):

@@ -1,7 +1,7 @@
 """Shapes by name: the config.json of released models, as far as their text decoder goes.
 
 Gemma 3: the technical report (arXiv:2503.19786) and the files of google/gemma-3-*; 4B leaves out whatever equals the
-class default. Gemma 4: google/gemma-4-31B and -12B.
+class default. Gemma 4: google/gemma-4-*. Llama 4: meta-llama/Llama-4-*-Instruct.
 """
 
 from engine.errors import ConfigError
@@ -11,6 +11,8 @@ from loaders.config import Config
 SLIDING, GLOBAL = "sliding_attention", "full_attention"
 GEMMA4_ROPE = {SLIDING: {"rope_type": "default", "rope_theta": 10000.0},
                GLOBAL: {"rope_type": "proportional", "rope_theta": 1000000.0, "partial_rotary_factor": 0.25}}
+E_SERIES = {"attention_k_eq_v": False, "num_global_key_value_heads": None, "hidden_size_per_layer_input": 256,
+            "max_position_embeddings": 131072, "sliding_window": 512, "use_bidirectional_attention": None}
 
 
 def _gemma3_text(**fields):
@@ -54,6 +56,24 @@ def _gemma4(architecture, model_type, n_layers, **fields):
                 "use_double_wide_mlp": False, "vocab_size": 262144, "vocab_size_per_layer_input": 262144, **fields}}
 
 
+def _llama4(**fields):
+    return {"architectures": ["Llama4ForConditionalGeneration"], "boi_token_index": 200080, "eoi_token_index": 200081,
+            "image_token_index": 200092, "model_type": "llama4", "tie_word_embeddings": False,
+            "torch_dtype": "bfloat16", "transformers_version": "4.51.0.dev0",
+            "text_config": {
+                "attention_bias": False, "attention_chunk_size": 8192, "attention_dropout": 0.0, "attn_scale": 0.1,
+                "attn_temperature_tuning": True, "bos_token_id": 200000, "eos_token_id": [200001, 200007, 200008],
+                "floor_scale": 8192, "for_llm_compressor": False, "head_dim": 128, "hidden_act": "silu",
+                "hidden_size": 5120, "initializer_range": 0.02, "intermediate_size": 8192,
+                "intermediate_size_mlp": 16384, "model_type": "llama4_text", "no_rope_layers": [],
+                "num_attention_heads": 40, "num_experts_per_tok": 1, "num_hidden_layers": 48,
+                "num_key_value_heads": 8, "output_router_logits": False, "pad_token_id": 200018, "rms_norm_eps": 1e-05,
+                "rope_theta": 500000.0, "router_aux_loss_coef": 0.001, "router_jitter_noise": 0.0,
+                "tie_word_embeddings": False, "torch_dtype": "bfloat16", "use_cache": True, "vocab_size": 202048,
+                **fields},
+            "vision_config": {"hidden_size": 1408, "image_size": 336, "model_type": "llama4_vision_model"}}
+
+
 PRESETS = {
     "gemma-3-270m": _gemma3_text(
         hidden_size=640, intermediate_size=2048, num_hidden_layers=18, _sliding_window_pattern=6,
@@ -67,12 +87,30 @@ PRESETS = {
     "gemma-3-27b": _gemma3_multimodal(
         hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16,
         head_dim=128, query_pre_attn_scalar=168),
+    "gemma-4-e2b": _gemma4(
+        "Gemma4ForConditionalGeneration", "gemma4", 35, hidden_size=1536, intermediate_size=6144,
+        num_attention_heads=8, num_key_value_heads=1, layer_types=([SLIDING] * 4 + [GLOBAL]) * 7,
+        use_double_wide_mlp=True, num_kv_shared_layers=20, **E_SERIES),
+    "gemma-4-e4b": _gemma4(
+        "Gemma4ForConditionalGeneration", "gemma4", 42, hidden_size=2560, intermediate_size=10240,
+        num_attention_heads=8, num_key_value_heads=2, num_kv_shared_layers=18, **E_SERIES),
     "gemma-4-12b": _gemma4(
         "Gemma4UnifiedForConditionalGeneration", "gemma4_unified", 48, hidden_size=3840, intermediate_size=15360,
         num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=1),
+    "gemma-4-26b-a4b": _gemma4(
+        "Gemma4ForConditionalGeneration", "gemma4", 30, hidden_size=2816, intermediate_size=2112,
+        num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=2, enable_moe_block=True,
+        num_experts=128, top_k_experts=8, moe_intermediate_size=704),
     "gemma-4-31b": _gemma4(
         "Gemma4ForConditionalGeneration", "gemma4", 60, hidden_size=5376, intermediate_size=21504,
         num_attention_heads=32, num_key_value_heads=16, num_global_key_value_heads=4),
+    "llama-4-scout": _llama4(
+        interleave_moe_layer_step=1, max_position_embeddings=10485760, num_local_experts=16, use_qk_norm=True,
+        rope_scaling={"factor": 16.0, "high_freq_factor": 1.0, "low_freq_factor": 1.0,
+                      "original_max_position_embeddings": 8192, "rope_type": "llama3"}),
+    "llama-4-maverick": _llama4(
+        interleave_moe_layer_step=2, max_position_embeddings=1048576, num_local_experts=128, use_qk_norm=False,
+        rope_scaling=None),
 }
 
 

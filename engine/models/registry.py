@@ -1,6 +1,6 @@
 """Supported checkpoints, one row each; everything else refuses at load, by name."""
 
-from engine.models import gemma3, gemma4
+from engine.models import gemma3, gemma4, llama4
 
 ARCHITECTURES = {
     "Gemma3ForCausalLM": gemma3.describe_text,
@@ -8,6 +8,8 @@ ARCHITECTURES = {
     "Gemma4ForCausalLM": gemma4.describe_text,
     "Gemma4ForConditionalGeneration": gemma4.describe_multimodal,
     "Gemma4UnifiedForConditionalGeneration": gemma4.describe_unified,
+    "Llama4ForCausalLM": llama4.describe_text,
+    "Llama4ForConditionalGeneration": llama4.describe_multimodal,
 }
 # For files without `architectures`.
 MODEL_TYPES = {
@@ -16,6 +18,8 @@ MODEL_TYPES = {
     "gemma4_text": "Gemma4ForCausalLM",
     "gemma4": "Gemma4ForConditionalGeneration",
     "gemma4_unified": "Gemma4UnifiedForConditionalGeneration",
+    "llama4_text": "Llama4ForCausalLM",
+    "llama4": "Llama4ForConditionalGeneration",
 }
 
 

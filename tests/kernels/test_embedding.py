@@ -1,11 +1,11 @@
-"""embed and select_rows against their twins."""
+"""embed, select_rows and scale_rows against their twins."""
 
 import numpy as np
 import pytest
 
 from engine import cost, reference
 from engine.errors import ShapeError
-from engine.kernels.embedding import embed, select_rows
+from engine.kernels.embedding import embed, scale_rows, select_rows
 from tests.kernels.closeness import BF16, assert_ulps, bf16, f64
 from tests.kernels.declared import assert_least_traffic, least_bytes
 
@@ -119,3 +119,45 @@ def test_select_rows_moves_the_least(lane, width, dtype):
     least = least_bytes("embedding.cu", "select_rows", n_kept=20, n_distinct=20,
                         row_words=width * np.dtype(dtype).itemsize // 4)
     assert_least_traffic(lane.traffic(), least, cost.select_rows(*arrays))
+
+
+# --- scale_rows
+
+def run_scale_rows(lane, x, weights):
+    out = lane.empty((weights.size, x.shape[1]), BF16)
+    scale_rows(lane.put(x), lane.put(weights), out)
+    return lane.to_host(out)
+
+
+@pytest.mark.parametrize("k", [1, 2, 8])
+@pytest.mark.parametrize("hidden", [4, 12, 24, 1152, 5120])
+def test_scaled_rows_round_the_weight_and_the_product(lane, hidden, k):
+    """A product of two bfloat16 fits float32, so the result is known bit for bit."""
+    rng = np.random.default_rng([hidden, k])
+    x, weights = normals(rng, 5, hidden), rng.uniform(0, 1, (5, k)).astype(np.float32)
+    got, want = run_scale_rows(lane, x, weights), np.empty((5 * k, hidden))
+    reference.scale_rows(f64(x), f64(bf16(weights)), want)
+    np.testing.assert_array_equal(got.view(np.uint16), bf16(want).view(np.uint16))
+
+
+def test_no_scaled_rows(lane):
+    assert run_scale_rows(lane, np.zeros((0, 16), BF16), np.zeros((0, 2), np.float32)).shape == (0, 16)
+
+
+@pytest.mark.parametrize("x, weights, out, message", [
+    ((3, 16), (2, 2), (4, 16), r"weights is \[2, 2\] float32, expected \[n_tokens=3, k\]"),
+    ((3, 16), (3, 2), (3, 16), r"out is \[3, 16\] bfloat16, expected \[pairs=6, hidden=16\]"),
+    ((3, 6), (3, 2), (6, 6), "hidden is 6, expected a multiple of 4"),
+])
+def test_scale_rows_refuses_what_does_not_fit(lane, x, weights, out, message):
+    with pytest.raises(ShapeError, match=message):
+        scale_rows(lane.zeros(x, BF16), lane.zeros(weights, np.float32), lane.zeros(out, BF16))
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_scaled_rows_move_the_least(lane, k):
+    rng = np.random.default_rng(6)
+    x, weights = normals(rng, 20, 5120), rng.uniform(0, 1, (20, k)).astype(np.float32)
+    out = run_scale_rows(lane, x, weights)
+    least = least_bytes("embedding.cu", "scale_rows", n_tokens=20, k=k, hidden=5120)
+    assert_least_traffic(lane.traffic(), least, cost.scale_rows(x, weights, out))

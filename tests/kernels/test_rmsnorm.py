@@ -199,3 +199,65 @@ def test_add_norm_moves_the_least(lane, hidden, has_post, has_scalar):
     least = least_bytes("rmsnorm.cu", "add_norm", n_rows=20, hidden=hidden, has_post_weight=has_post,
                         has_layer_scalar=has_scalar)
     assert_least_traffic(lane.traffic(), least, cost.add_norm(x, x, post, weight, EPS, 0.0, scalar, x))
+
+
+@pytest.mark.parametrize("hidden", [20, 40, 2052, 5376])
+@pytest.mark.parametrize("scalar, has_post", [(None, True), (0.07, True), (1.5, False)])
+def test_add_norm_without_a_next_norm(lane, hidden, scalar, has_post):
+    """The residual has the bits it has with one, and the branch keeps its own."""
+    rng = np.random.default_rng(hidden)
+    residual, branch, weight = normals(rng, 3, hidden), normals(rng, 3, hidden), normals(rng, hidden)
+    post, scalar = weight if has_post else None, None if scalar is None else bf16([scalar])
+    expected, _ = run_add_norm(lane, residual, branch, post, weight, 0.0, scalar)
+    there, added = lane.put(residual), lane.put(branch)
+    post, scalar = (None if x is None else lane.put(x) for x in (post, scalar))
+    add_norm(there, added, post, None, EPS, 0.0, scalar, None)
+    np.testing.assert_array_equal(lane.to_host(there).view(np.uint16), expected.view(np.uint16))
+    np.testing.assert_array_equal(lane.to_host(added).view(np.uint16), branch.view(np.uint16))
+
+
+def test_a_next_norm_has_somewhere_to_go(lane):
+    x, weight = lane.zeros((2, 16), BF16), lane.zeros((16,), BF16)
+    for following, out in ((weight, None), (None, x)):
+        with pytest.raises(ShapeError, match="add_norm: next_weight and out come together"):
+            add_norm(x, lane.zeros((2, 16), BF16), None, following, EPS, 0.0, None, out)
+
+
+@pytest.mark.parametrize("has_post, has_scalar", [(True, True), (False, False)])
+def test_adding_a_residual_moves_the_least(lane, has_post, has_scalar):
+    rng = np.random.default_rng(7)
+    x, weight = normals(rng, 20, 5376), normals(rng, 5376)
+    post, scalar = weight if has_post else None, bf16([2]) if has_scalar else None
+    add_norm(lane.put(x), lane.put(x), *(None if a is None else lane.put(a) for a in (post, None)), EPS, 0.0,
+             None if scalar is None else lane.put(scalar), None)
+    least = least_bytes("rmsnorm.cu", "add_residual", n_rows=20, hidden=5376, has_post_weight=has_post,
+                        has_layer_scalar=has_scalar)
+    assert_least_traffic(lane.traffic(), least, cost.add_norm(x, x, post, None, EPS, 0.0, scalar, None))
+
+
+# --- rounding before the weight, as Llama 4 does
+
+@pytest.mark.parametrize("hidden", [20, 640, 5120])
+def test_rms_norm_that_rounds_before_the_weight(lane, hidden):
+    """Bit for bit: the norm without a weight, then a product of two bfloat16, which fits float32. The first rounding is
+    off by at most 2^-8 of a value, an ulp of the result, the second by half an ulp."""
+    rng = np.random.default_rng(hidden)
+    x, weight, out = normals(rng, 5, hidden), normals(rng, hidden), lane.empty((5, hidden), BF16)
+    rms_norm(lane.put(x), lane.put(weight), EPS, 0.0, out, round_first=True)
+    normed = run_rms_norm(lane, x, None)
+    np.testing.assert_array_equal(lane.to_host(out).view(np.uint16), bf16(f64(normed) * f64(weight)).view(np.uint16))
+    once = run_rms_norm(lane, x, weight)
+    assert (once.view(np.uint16) != lane.to_host(out).view(np.uint16)).mean() > 0.05    # it is another function
+    assert_ulps(lane.to_host(out), twin_rms_norm(x, weight), 1.51)
+
+
+@pytest.mark.parametrize("hidden", [20, 640, 5120])
+def test_add_norm_that_rounds_before_the_weight(lane, hidden):
+    rng = np.random.default_rng(hidden)
+    residual, branch, weight = normals(rng, 3, hidden), normals(rng, 3, hidden), normals(rng, hidden)
+    there, out = lane.put(residual), lane.empty((3, hidden), BF16)
+    add_norm(there, lane.put(branch), None, lane.put(weight), EPS, 0.0, None, out, round_first=True)
+    stream = lane.to_host(there)
+    np.testing.assert_array_equal(stream.view(np.uint16), bf16(f64(residual) + f64(branch)).view(np.uint16))
+    want = bf16(f64(run_rms_norm(lane, stream, None)) * f64(weight))
+    np.testing.assert_array_equal(lane.to_host(out).view(np.uint16), want.view(np.uint16))

@@ -197,9 +197,10 @@ def test_parts_add_up_to_the_wall_time():
     assert sum(parts.values()) == 1.0 and parts["gaps"] == -0.25
 
 
+@pytest.mark.parametrize("family", ["gemma4", "gemma4-moe", "gemma4-e", "llama4"])
 @pytest.mark.parametrize("text, n_kept", [("decode=3*1@40", None), ("mix=20,3*1@40", 4), ("verify=2*4@30", None)])
-def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(text, n_kept):
-    spec, case = spec_of("gemma4"), parse_case(text)
+def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(family, text, n_kept):
+    spec, case = spec_of(family), parse_case(text)
     core, (need,) = core_of(spec, text)
     with seated(core, case.rows, np.random.default_rng(0)) as sequences:
         batch = step_of(core, sequences, case.label == "verify")()
@@ -216,12 +217,13 @@ def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(text, n_kept):
     assert len(ops) == len(calls) and (batch.kept is None) == (n_kept is None)
     names = Counter(one.name for one in ops)
     assert (names["attention"], names["gated_linear"], names["sample"]) == (6, 6, 1)
-    assert [one.n_rows for one in ops if one.role.endswith("kept") and one.name == "gated_linear"] == [n_kept] * bool(
-        n_kept)
+    n_dropping = 1 if spec.first_shared is None else len(spec.layers) - spec.first_shared
+    assert [one.n_rows for one in ops if one.role.endswith("kept") and one.name == "gated_linear"] == [
+        n_kept] * n_dropping * bool(n_kept)
     total = sum((one.cost for one in ops), Cost())
     least = floor(spec, need.rows(), weight_bytes=4, kv_bytes=4)
     assert total.bytes > least.bytes
-    if n_kept is None:                                              # else the last layer drops rows that a floor has
+    if n_kept is None:                                              # else layers drop rows that a floor has
         assert total.flops == least.flops
 
 

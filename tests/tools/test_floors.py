@@ -9,7 +9,7 @@ from measure.floors import floor_row, resident_bytes
 
 from engine.cost import Ceilings, floor
 from engine.models.presets import preset
-from engine.weights import n_weights
+from engine.tensors import n_weights
 
 H200 = ["--bandwidth", "4.3e12", "--flops", "790e12"]
 

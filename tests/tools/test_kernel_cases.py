@@ -22,13 +22,17 @@ from loaders.config import Config
 from tests import tiny
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+PLACE_OF_OUT = {"rms_norm": 4, "embed": 3, "moe_gated_linear": 3, "moe_linear": 3, "add_norms": 6, "router_norm": 4,
+                "mix_per_layer": 5, "gate_per_layer": 3, "attention_temperature": 3}    # else 2
 ABOUT_SPECS = {"check", "explain", "scratch_size"}      # of engine/kernels/ops.py, what is no op
 
 
 @pytest.fixture
 def tiny_preset(monkeypatch):
-    """A preset of a few numbers, with both kinds of attention and a softcap."""
-    spec = describe(Config(tiny.flat("gemma4")))
+    """A preset of a few numbers, with layers of several families: all kinds of attention and of experts, a softcap,
+    inputs of every layer."""
+    first, *others = (describe(Config(tiny.flat(family))) for family in ("gemma4-e", "gemma4-moe", "llama4"))
+    spec = replace(first, layers=sum((other.layers for other in others), first.layers))
     monkeypatch.setattr(kernel_cases, "preset", lambda name: spec)
     return "tiny"
 
@@ -45,7 +49,7 @@ def tiny_cases(preset, ops=None):
 # --- which cases
 
 def test_every_op_of_the_table_has_cases():
-    names = {case.op for case in cases_of(["gemma-4-31b"])}
+    names = {case.op for case in cases_of(["gemma-4-26b-a4b", "gemma-4-e2b", "llama-4-scout"])}
     assert names == set(OPS) == set(TABLE) == set(ops.__all__) - ABOUT_SPECS
 
 
@@ -109,7 +113,9 @@ def written(op, args, kwargs):
         return list(args[3:6])
     if op in ("logit_softcap", "apply_edits"):
         return [args[0]]
-    return [kwargs["out"] if "out" in kwargs else args[{"rms_norm": 4, "embed": 3}.get(op, 2)]]
+    if op == "moe_route":
+        return list(args[3])
+    return [kwargs["out"] if "out" in kwargs else args[PLACE_OF_OUT.get(op, 2)]]
 
 
 @pytest.mark.parametrize("op", OPS)

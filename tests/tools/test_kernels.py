@@ -163,8 +163,13 @@ def test_what_may_move_more_says_why():
     cost = 2 * 5376 * (256 + 64)
     most, notes = bound("linear", cost, n_tokens=64, n_in=5376, n_out=256)      # two tiles of 128 rows
     assert most == pytest.approx(1.1 * (cost + 2 * 64 * 5376) / cost) and "anew" in notes[0]
+    routed = {"n_tokens": 4, "n_experts": 16, "experts_per_token": 2, "in_out": False, "n_in": 64, "n_out": 128}
+    again = {"moe_linear": 8, "moe_gated_linear": 3 * 8 + 4}        # rows of x, by two tiles of 64 rows and by four
+    for op, extra in (("moe_linear", {}), ("moe_gated_linear", {"by_pair": False})):
+        most, notes = bound(op, 1000, **routed, **extra)
+        assert most == pytest.approx(1.1 * (1000 + 2 * 64 * again[op]) / 1000) and "anew" in notes[0]
     for op, sizes in (("attention", {"rows": [(1, 64, 64)]}), ("apply_edits", {}), ("sample", {}),
-                      ("top_logprobs", {})):
+                      ("top_logprobs", {}), ("attention_temperature", {}), ("moe_route", {})):
         most, notes = bound(op, **sizes)
         assert most is None and notes
 

@@ -45,6 +45,12 @@ def test_every_preset_has_slices_that_config_json_can_say(name):
     assert len(preset(name).layers) > 3                             # the preset itself is as it was
 
 
+def test_a_slice_has_the_readers_of_others_k_and_v_that_lie_in_it():
+    config, spec = sliced("gemma-4-e2b", PRESETS["gemma-4-e2b"], preset("gemma-4-e2b"), 20)
+    assert config["text_config"]["num_kv_shared_layers"] == 5
+    assert [layer.kv_from for layer in spec.layers[13:]] == [None, None, 13, 13, 13, 13, 14]
+
+
 def test_a_model_is_a_preset_or_a_directory():
     args = SimpleNamespace(model=None, preset=None, layers=2)
     assert [(one.name, one.n_layers, one.path) for one in models_of(args, ["gemma-3-1b"])] == [("gemma-3-1b", 2, None)]

@@ -22,7 +22,7 @@ from contextlib import nullcontext
 
 from engine.backend import open_lane
 from engine.errors import MemoryPlanError
-from engine.weights import n_weights
+from engine.tensors import n_weights
 from measure.cases import parse_cases, whole
 from measure.ceilings import ceilings_of
 from measure.models import add_model_arguments, models_of

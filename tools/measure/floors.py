@@ -73,8 +73,9 @@ def floor_row(name, spec, case, ceilings, weight_bits=16, kv_bits=16, memory_byt
 
 def resident_bytes(spec, case, weight_bytes, kv_bytes):
     """Every weight, and K and V of every position a layer can still see."""
+    from engine.floor import visible
     from engine.kv_cache import pool_specs
-    from engine.weights import n_weights
-    kv = sum(part.n_seqs * pool.token_bytes(kv_bytes) * min(part.context, pool.window or part.context)
+    from engine.tensors import n_weights
+    kv = sum(part.n_seqs * pool.token_bytes(kv_bytes) * visible(1, part.context, pool.window, pool.chunk)[0]
              for part in case.parts for pool in pool_specs(spec))
     return n_weights(spec) * weight_bytes + kv

@@ -69,7 +69,7 @@ def load_model(args, report, model):
 
 
 def _n_weights(spec):
-    from engine.weights import n_weights
+    from engine.tensors import n_weights
     return n_weights(spec)
 
 

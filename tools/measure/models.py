@@ -66,6 +66,8 @@ def sliced(name, config, spec, n_layers):
     text["num_hidden_layers"] = n_layers
     if "layer_types" in text:
         text["layer_types"] = text["layer_types"][:n_layers]
+    if text.get("num_kv_shared_layers"):
+        text["num_kv_shared_layers"] = sum(layer.kv_from is not None for layer in spec.layers)
     if describe(Config(config, name)) != spec:
         raise BenchError(f"{name}: its config.json cannot say {n_layers} layers of it")
     return config, spec

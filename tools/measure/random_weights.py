@@ -13,7 +13,7 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from engine.weights import HEADS, PREFIXES, targets
+from engine.tensors import HEADS, PREFIXES, targets
 from measure.report import BenchError
 
 POOL = 1 << 22          # drawn values: 8 MB in bfloat16
@@ -91,7 +91,10 @@ def _moments(spec, target, shape):
     """(mean, standard deviation) of a tensor's values."""
     if target.is_norm:
         return _multiplier(spec, target) - spec.norm_offset, SPREAD
-    return (1.0, 0.0) if len(shape) == 1 else (0.0, shape[1] ** -0.5)      # a layer's scalar; a matrix
+    if len(shape) == 1:                                                         # a layer's scalar, a router's scales
+        return 1.0, 0.0
+    tables = {"embed": spec.embed_scale, "per_layer_embed": spec.per_layer_scale}
+    return 0.0, 1 / tables[target.name] if target.name in tables else target.n_in ** -0.5
 
 
 def _multiplier(spec, target):

@@ -12,18 +12,22 @@ from types import SimpleNamespace
 
 from engine import cost, reference
 from engine.models.presets import preset
-from engine.models.spec import DenseSpec
-from engine.workspace import ropes
+from engine.workspace import ropes, temperatures
 from measure.kernel.kernel_inputs import EXACT, Data, n_unwritten, poison
-from measure.kernel.op_attention import Attention, QkNormRopeCache, RopeAngles
+from measure.kernel.op_attention import Attention, AttentionTemperature, QkNormRopeCache, RopeAngles
+from measure.kernel.op_branches import AddNorms, GatePerLayer, MixPerLayer, RouterNorm, ScaleRows
 from measure.kernel.op_logits import ApplyEdits, LogitSoftcap, Sample, TopLogprobs
+from measure.kernel.op_moe import MoeCombine, MoeGatedLinear, MoeLinear, MoeRoute
 from measure.kernel.op_rows import AddNorm, Embed, GatedLinear, Linear, RmsNorm, SelectRows
 from measure.report import BenchError
 
 OPS = {"linear": Linear(), "gated_linear": GatedLinear(), "attention": Attention(),
        "qk_norm_rope_cache": QkNormRopeCache(), "add_norm": AddNorm(), "rms_norm": RmsNorm(),
+       "add_norms": AddNorms(), "router_norm": RouterNorm(), "scale_rows": ScaleRows(), "mix_per_layer": MixPerLayer(),
+       "gate_per_layer": GatePerLayer(), "attention_temperature": AttentionTemperature(),
        "rope_angles": RopeAngles(), "embed": Embed(), "select_rows": SelectRows(), "logit_softcap": LogitSoftcap(),
-       "apply_edits": ApplyEdits(), "sample": Sample(), "top_logprobs": TopLogprobs()}
+       "moe_route": MoeRoute(), "moe_gated_linear": MoeGatedLinear(), "moe_linear": MoeLinear(),
+       "moe_combine": MoeCombine(), "apply_edits": ApplyEdits(), "sample": Sample(), "top_logprobs": TopLogprobs()}
 # A launch is cold when so much was touched since its set's last turn: three times the 60 MB of an H200's L2 cache.
 COLD_BYTES = 180 << 20
 LEAST_SETS, MOST_SETS = 3, 64       # more of small sets would measure how long arrays take to make
@@ -142,14 +146,15 @@ class Prepared:
             return 0.0
         worst = 0.0
         with lane.running():
-            for name in self._inputs.outputs:
+            outputs = [name for name in self._inputs.outputs if arrays[name] is not None]
+            for name in outputs:
                 poison(lane, arrays[name])
             for found in self._inputs.compare(lane, arrays, self.case.sizes, self.launches[0]):
                 if not found.is_good:
                     how = "" if found.limit == EXACT else f", expected at most {found.limit:.2g} of a row's length"
                     raise BenchError(f"{self.case}: {found.name} is off its twin by {found.error:.2g}{how}")
                 worst = max(worst, found.error)
-            for name in self._inputs.outputs:
+            for name in outputs:
                 if n := n_unwritten(lane, arrays[name]):
                     raise BenchError(f"{self.case}: {n} values of {name} were never written")
         return worst
@@ -182,24 +187,55 @@ def cases_of(presets, n_tokens=(1, 16, 64, 4096), contexts=(1024,), batches=(1, 
 def _shapes(spec, sweep):
     """(op, label, sizes) of everything that steps of a ModelSpec run."""
     attentions = list(dict.fromkeys(layer.attention for layer in spec.layers))
-    mlps = list(dict.fromkeys(layer.mlp for layer in spec.layers if type(layer.mlp) is DenseSpec))
+    mlps = list(dict.fromkeys(layer.dense for layer in spec.layers if layer.dense))
+    projections = list(dict.fromkeys((layer.attention, layer.qkv_width) for layer in spec.layers))
+    routers = list(dict.fromkeys(layer.moe.n_experts for layer in spec.layers if layer.moe))
     decode_most = max(sweep.batches)
     for n in sweep.n_tokens:
         for a in attentions:
-            yield "linear", f"qkv {_kind(a)}", {"n_tokens": n, "n_in": spec.hidden, "n_out": a.qkv_width}
+            for width in (width for of, width in projections if of == a):
+                yield "linear", f"qkv {_kind(a)}", {"n_tokens": n, "n_in": spec.hidden, "n_out": width}
             yield "linear", f"o {_kind(a)}", {"n_tokens": n, "n_in": a.q_width, "n_out": spec.hidden}
-            yield "qk_norm_rope_cache", _kind(a), {
-                "n_tokens": n, "n_heads": a.n_heads, "n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim,
-                "n_pairs": a.rope.n_pairs(a.head_dim), "v_norm": a.v_norm, "v_is_k": a.v_is_k,
-                "interleaved": a.rope.interleaved}
+            for has_kv in sorted({layer.kv_from is None for layer in spec.layers if layer.attention == a}):
+                yield "qk_norm_rope_cache", f"{'' if has_kv else 'q '}{_kind(a)}", _heads(a, n, has_kv)
             if n > decode_most:
                 yield "attention", f"prefill {_kind(a)}", _attention(a, [(1, n, n)])
         for mlp in mlps:
             yield "gated_linear", "", {"n_tokens": n, "n_in": spec.hidden, "intermediate": mlp.intermediate}
             yield "linear", "down", {"n_tokens": n, "n_in": mlp.intermediate, "n_out": spec.hidden}
-        yield "rms_norm", "", {"n_tokens": n, "hidden": spec.hidden}
-        yield "add_norm", "", {"n_tokens": n, "hidden": spec.hidden,
-                               "layer_scalar": any(layer.layer_scalar for layer in spec.layers)}
+        for n_experts in routers:
+            yield "linear", "router", {"n_tokens": n, "n_in": spec.hidden, "n_out": n_experts}
+        for moe in dict.fromkeys(layer.moe for layer in spec.layers if layer.moe):
+            routed = {"n_tokens": n, "n_experts": moe.n_experts, "experts_per_token": moe.experts_per_token,
+                      "routing": moe.routing}
+            product = {**routed, "in_out": moe.in_out}
+            yield "moe_route", "", routed
+            yield "moe_gated_linear", "", {**product, "n_in": spec.hidden, "n_out": moe.intermediate,
+                                           "by_pair": moe.routing == "sigmoid", "activation": moe.activation}
+            yield "moe_linear", "", {**product, "n_in": moe.intermediate, "n_out": spec.hidden}
+            yield "moe_combine", "", {**routed, "hidden": spec.hidden}
+        if spec.per_layer_input:
+            for label, n_in, n_out in (("inputs of all layers", spec.hidden, spec.per_layer_width),
+                                       ("input gate", spec.hidden, spec.per_layer_input),
+                                       ("input projection", spec.per_layer_input, spec.hidden)):
+                yield "linear", label, {"n_tokens": n, "n_in": n_in, "n_out": n_out}
+        rows = {"n_tokens": n, "hidden": spec.hidden}
+        norm = {**rows, "round_first": True} if spec.norm_rounds_first else rows
+        if spec.per_layer_input:
+            part = {"n_tokens": n, "n_layers": len(spec.layers), "width": spec.per_layer_input}
+            yield "add_norm", "alone", {**norm, "layer_scalar": False, "next": False}
+            yield "mix_per_layer", "", {**part, "hidden": spec.hidden}
+            yield "gate_per_layer", "", part
+        yield "rms_norm", "", norm
+        yield "add_norm", "", {**norm, "layer_scalar": any(layer.layer_scalar for layer in spec.layers)}
+        for moe in dict.fromkeys(layer.moe for layer in spec.layers if layer.moe):
+            if moe.routing == "softmax":
+                yield "add_norms", "", rows
+                yield "router_norm", "", rows
+            else:
+                yield "scale_rows", "", {**rows, "k": moe.experts_per_token}
+        for temperature in temperatures(spec):
+            yield "attention_temperature", "", {"n_tokens": n, "scale": temperature.scale, "floor": temperature.floor}
         yield "embed", "", {"n_tokens": n, "vocab": spec.vocab, "hidden": spec.hidden}
         for rope, head_dim in ropes(spec):
             yield "rope_angles", "", {"n_tokens": n, "n_pairs": rope.n_pairs(head_dim)}
@@ -228,6 +264,13 @@ def _kind(attention):
     if attention.chunk is not None:
         return "chunked"
     return "global" if attention.window is None else "local"
+
+
+def _heads(a, n, has_kv):
+    return {"n_tokens": n, "n_heads": a.n_heads, "n_kv_heads": a.n_kv_heads, "head_dim": a.head_dim,
+            "n_pairs": a.rope and a.rope.n_pairs(a.head_dim), "v_norm": a.v_norm, "v_is_k": a.v_is_k,
+            "interleaved": a.rope is not None and a.rope.interleaved, "qk_norm": a.qk_norm,
+            "has_temperature": a.temperature is not None, "has_kv": has_kv}
 
 
 def _attention(a, rows):

@@ -44,37 +44,69 @@ class RopeAngles(Op):
         yield Comparison("out", rows_of(lane, a["out"], rows), want, FLOAT32)
 
 
+class AttentionTemperature(Op):
+    words = "floor {floor}"
+
+    def make(self, data, s, first=None):
+        return {"positions": data.put(data.rng.integers(0, 1 << 20, s["n_tokens"])),
+                "out": data.empty((s["n_tokens"],), np.float32)}
+
+    def call(self, a, s):
+        return (a["positions"], s["scale"], s["floor"], a["out"]), {}
+
+    def compare(self, lane, a, s, run):
+        run()
+        rows = spread(s["n_tokens"], 64)
+        want = np.empty(len(rows))
+        reference.attention_temperature(lane.to_host(a["positions"])[rows], s["scale"], s["floor"], want)
+        yield Comparison("out", lane.to_host(a["out"])[rows], want, FLOAT32)
+
+
 class QkNormRopeCache(Op):
     words = "{n_heads} and {n_kv_heads} heads of {head_dim}"
 
     def make(self, data, s, first=None):
         n, heads, kv_heads, head_dim = s["n_tokens"], s["n_heads"], s["n_kv_heads"], s["head_dim"]
-        n_in = heads + kv_heads * (1 if s["v_is_k"] else 2)
+        n_in = heads + (kv_heads * (1 if s["v_is_k"] else 2) if s["has_kv"] else 0)
         pages = -(-n // PAGE_SIZE) + 1, PAGE_SIZE, kv_heads, head_dim
-        angle = data.rng.uniform(0, 2 * np.pi, (n, 1, s["n_pairs"]))
-        return {"qkv": data.normal((n, n_in * head_dim)), "q_norm": data.normal((head_dim,)),
-                "k_norm": data.normal((head_dim,)),
-                "angles": data.put(np.concatenate([np.cos(angle), np.sin(angle)], axis=1), np.float32),
-                "slots": data.put(data.rng.permutation(pages[0] * PAGE_SIZE)[:n]),
-                "k_pages": data.empty(pages), "v_pages": data.empty(pages), "out": data.empty((n, heads * head_dim))}
+        made = {"qkv": data.normal((n, n_in * head_dim)), "out": data.empty((n, heads * head_dim)),
+                **dict.fromkeys(("q_norm", "k_norm", "angles", "temperature", "slots", "k_pages", "v_pages"))}
+        if s["qk_norm"] == "weighted":
+            made |= {"q_norm": data.normal((head_dim,)), "k_norm": data.normal((head_dim,)) if s["has_kv"] else None}
+        if s["n_pairs"] is not None:
+            angle = data.rng.uniform(0, 2 * np.pi, (n, 1, s["n_pairs"]))
+            made["angles"] = data.put(np.concatenate([np.cos(angle), np.sin(angle)], axis=1), np.float32)
+        if s["has_temperature"]:
+            made["temperature"] = data.put(data.rng.uniform(1, 2, n), np.float32)
+        if s["has_kv"]:
+            made |= {"slots": data.put(data.rng.permutation(pages[0] * PAGE_SIZE)[:n]), "k_pages": data.empty(pages),
+                     "v_pages": data.empty(pages)}
+        return made
 
     def _kwargs(self, s):
         return {"n_heads": s["n_heads"], "v_norm": s["v_norm"], "v_is_k": s["v_is_k"], "eps": EPS,
-                "weight_offset": WEIGHT_OFFSET, "interleaved": s["interleaved"]}
+                "weight_offset": WEIGHT_OFFSET, "interleaved": s["interleaved"], "qk_norm": s["qk_norm"]}
 
     def call(self, a, s):
         return (a["qkv"], a["q_norm"], a["k_norm"], a["angles"], a["slots"], a["k_pages"], a["v_pages"]), \
-            {**self._kwargs(s), "out": a["out"]}
+            {**self._kwargs(s), "temperature": a["temperature"], "out": a["out"]}
 
     def compare(self, lane, a, s, run):
         run()
         rows = spread(s["n_tokens"], 32)
-        pages = np.zeros((2, 1, len(rows), s["n_kv_heads"], s["head_dim"]))
         want = np.empty((len(rows), s["n_heads"] * s["head_dim"]))
-        norms = [f64(lane.to_host(a[name])) for name in ("q_norm", "k_norm")]
-        reference.qk_norm_rope_cache(f64(rows_of(lane, a["qkv"], rows)), *norms, f64(rows_of(lane, a["angles"], rows)),
-                                     np.arange(len(rows), dtype=np.int32), *pages, **self._kwargs(s), out=want)
+        pages, to = (None, None), None
+        if s["has_kv"]:
+            pages = np.zeros((2, 1, len(rows), s["n_kv_heads"], s["head_dim"]))
+            to = np.arange(len(rows), dtype=np.int32)
+        norms = [None if a[name] is None else f64(lane.to_host(a[name])) for name in ("q_norm", "k_norm")]
+        angles, temperature = (None if a[name] is None else f64(rows_of(lane, a[name], rows))
+                               for name in ("angles", "temperature"))
+        reference.qk_norm_rope_cache(f64(rows_of(lane, a["qkv"], rows)), *norms, angles, to, *pages, **self._kwargs(s),
+                                     temperature=temperature, out=want)
         yield Comparison("out", rows_of(lane, a["out"], rows), want, ONE_ROUNDING)
+        if not s["has_kv"]:
+            return
         slots = lane.to_host(a["slots"])[rows].tolist()
         for name, cached in zip(("k_pages", "v_pages"), pages, strict=True):
             flat = a[name].reshape(-1, s["n_kv_heads"], s["head_dim"])

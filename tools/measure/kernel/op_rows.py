@@ -11,6 +11,7 @@ from measure.kernel.kernel_inputs import (
     EXACT,
     FLOAT32_SUM,
     ONE_ROUNDING,
+    TWO_ROUNDINGS,
     WEIGHT_OFFSET,
     WEIGHT_SCALE,
     Comparison,
@@ -36,9 +37,9 @@ class Linear(Op):
 
     def compare(self, lane, a, s, run):
         run()
-        tokens, columns = spread(s["n_tokens"], 8), _blocks(s["n_out"], 512)
+        tokens, columns = spread(s["n_tokens"], 8), columns_in_runs(s["n_out"], 512)
         want = np.empty((len(tokens), len(columns)))
-        reference.linear(f64(rows_of(lane, a["x"], tokens)), f64(_taken(lane, a["weight"], columns)), want)
+        reference.linear(f64(rows_of(lane, a["x"], tokens)), f64(taken(lane, a["weight"], columns)), want)
         limit = FLOAT32_SUM if a["out"].dtype == np.float32 else ONE_ROUNDING
         yield Comparison("out", rows_of(lane, a["out"], tokens)[:, columns], want, limit)
 
@@ -57,22 +58,27 @@ class GatedLinear(Op):
 
     def compare(self, lane, a, s, run):
         run()
-        tokens, columns = spread(s["n_tokens"], 8), _blocks(s["intermediate"], 256)
+        tokens, columns = spread(s["n_tokens"], 8), columns_in_runs(s["intermediate"], 256)
         rows = [*columns, *(s["intermediate"] + i for i in columns)]
         want = np.empty((len(tokens), len(columns)))
-        reference.gated_linear(f64(rows_of(lane, a["x"], tokens)), f64(_taken(lane, a["weight"], rows)), want)
+        reference.gated_linear(f64(rows_of(lane, a["x"], tokens)), f64(taken(lane, a["weight"], rows)), want)
         yield Comparison("out", rows_of(lane, a["out"], tokens)[:, columns], want, ONE_ROUNDING)
 
 
-def _blocks(n, most):
+def columns_in_runs(n, most):
     """About `most` numbers of 0..n - 1 in runs of 32 at most, the first and the last ones among them."""
     return sorted({i for begin in spread(max(n - 31, 1), -(-most // 32)) for i in range(begin, min(begin + 32, n))})
 
 
-def _taken(lane, array, rows):
+def taken(lane, array, rows):
     """Host copies of rows in runs: one copy a run."""
+    return np.concatenate([lane.to_host(array[begin:end]) for begin, end in runs(rows)])
+
+
+def runs(rows):
+    """[(first, end)] of what follows upon each other in ascending numbers."""
     breaks = [0, *(i for i in range(1, len(rows)) if rows[i] != rows[i - 1] + 1), len(rows)]
-    return np.concatenate([lane.to_host(array[rows[i]:rows[j - 1] + 1]) for i, j in pairwise(breaks)])
+    return [(rows[i], rows[j - 1] + 1) for i, j in pairwise(breaks)]
 
 
 class RmsNorm(Op):
@@ -81,7 +87,7 @@ class RmsNorm(Op):
         return {"x": data.normal(shape), "weight": data.normal(shape[1:]), "out": data.empty(shape)}
 
     def call(self, a, s):
-        return (a["x"], a["weight"], EPS, WEIGHT_OFFSET, a["out"]), {}
+        return (a["x"], a["weight"], EPS, WEIGHT_OFFSET, a["out"]), _rounding(s)
 
     def compare(self, lane, a, s, run):
         run()
@@ -89,32 +95,41 @@ class RmsNorm(Op):
         x = f64(rows_of(lane, a["x"], rows))
         want = np.empty(x.shape)
         reference.rms_norm(x, f64(lane.to_host(a["weight"])), EPS, WEIGHT_OFFSET, want)
-        yield Comparison("out", rows_of(lane, a["out"], rows), want, ONE_ROUNDING)
+        yield Comparison("out", rows_of(lane, a["out"], rows), want, TWO_ROUNDINGS if _rounding(s) else ONE_ROUNDING)
+
+
+def _rounding(s):
+    """Keyword arguments of a norm."""
+    return {"round_first": True} if s.get("round_first") else {}
 
 
 class AddNorm(Op):
     def make(self, data, s, first=None):
-        shape = s["n_tokens"], s["hidden"]
-        return {"residual": data.normal(shape), "branch": data.normal(shape), "post_weight": data.normal(shape[1:]),
-                "next_weight": data.normal(shape[1:]), "out": data.empty(shape),
+        shape, has_next = (s["n_tokens"], s["hidden"]), s.get("next", True)
+        return {"residual": data.normal(shape), "branch": data.normal(shape),
+                "post_weight": None if s.get("round_first") else data.normal(shape[1:]),
+                "next_weight": data.normal(shape[1:]) if has_next else None,
+                "out": data.empty(shape) if has_next else None,
                 "layer_scalar": data.normal((1,)) if s["layer_scalar"] else None}
 
     def call(self, a, s):
         return (a["residual"], a["branch"], a["post_weight"], a["next_weight"], EPS, WEIGHT_OFFSET, a["layer_scalar"],
-                a["out"]), {}
+                a["out"]), _rounding(s)
 
     def compare(self, lane, a, s, run):
         rows = spread(s["n_tokens"], 64)
         residual = f64(rows_of(lane, a["residual"], rows))
         run()
-        weights = [f64(lane.to_host(a[name])) for name in ("post_weight", "next_weight")]
-        scalar = None if a["layer_scalar"] is None else f64(lane.to_host(a["layer_scalar"]))
-        want = np.empty(residual.shape)
+        *weights, scalar = (None if a[name] is None else f64(lane.to_host(a[name]))
+                            for name in ("post_weight", "next_weight", "layer_scalar"))
+        want = None if a["out"] is None else np.empty(residual.shape)
         reference.add_norm(residual, f64(rows_of(lane, a["branch"], rows)), *weights, EPS, WEIGHT_OFFSET, scalar, want)
         stored = rows_of(lane, a["residual"], rows)
         yield Comparison("residual", stored, residual, ONE_ROUNDING)
+        if want is None:
+            return
         reference.rms_norm(f64(stored), weights[1], EPS, WEIGHT_OFFSET, want)       # what is stored is what is normed
-        yield Comparison("out", rows_of(lane, a["out"], rows), want, ONE_ROUNDING)
+        yield Comparison("out", rows_of(lane, a["out"], rows), want, TWO_ROUNDINGS if _rounding(s) else ONE_ROUNDING)
 
 
 class Embed(Op):

@@ -15,7 +15,7 @@ from dataclasses import replace
 import numpy as np
 
 from engine.errors import ConfigError
-from engine.kernels import device, gemm, host
+from engine.kernels import device, gemm, host, moe
 from engine.kernels.checker import SMALL_BYTES
 from engine.kernels.resources import LIMITS
 from measure.kernel import compiled
@@ -26,14 +26,16 @@ from measure.report import BenchError, Goal, Row, Stat
 PRESETS = ["gemma-3-1b", "gemma-4-31b"]
 N_TOKENS, CONTEXTS, BATCHES = [1, 16, 64], [1024], [1]
 # Of a slice, at most.
-MOST = {"n_out": 256, "intermediate": 128, "n_kv_heads": 4}
+MOST = {"n_out": 256, "intermediate": 128, "n_kv_heads": 4, "n_experts": 32}
 MOST_ROTATED = 32                   # tokens of qk_norm_rope_cache: their angles are under 64 KB, which heads share
 VOCAB = 4096                        # rows of an embedding table; logits have all of theirs
 SLACK = 1.1                         # of the cost: sectors that are not whole, index lists
 LATENCY = "single elements of 4 bytes are gathered, a sector of 32 each: bound by latency"
+ROUTES = "the block of an expert reads the experts of all pairs, from the L2 cache: bound by latency"
 BINS = "every block adds to its row's bins, in the L2 cache; tokens of one bin meet in one bank"
 GREEDY = "a greedy row passes over its logits once, the cost counts three times"
 PREFILL = "each tile of queries reads K and V anew, from the L2 cache: bound by arithmetic"
+TILES = "every tile of weights reads its tokens anew, from the L2 cache"
 
 
 def run(args, report, lane):
@@ -93,17 +95,27 @@ def bound(case, cost):
     s = case.sizes
     if case.op == "attention" and any(query > 1 for _, query, _ in s["rows"]):
         return None, [PREFILL]
-    if case.op == "apply_edits":
-        return None, [LATENCY]
+    if case.op in ("apply_edits", "attention_temperature", "moe_route"):
+        return None, [ROUTES if case.op == "moe_route" else LATENCY]
     if case.op in ("sample", "top_logprobs"):
         return None, [GREEDY if s.get("temperature") == 0 else BINS]
+    if case.op in ("moe_gated_linear", "moe_linear"):
+        return SLACK * (cost + _read_again(s, case.op == "moe_gated_linear")) / cost, [TILES]
     x_bytes = 2 * s["n_tokens"] * s["n_in"] if case.op in ("linear", "gated_linear") else 0
     if x_bytes >= SMALL_BYTES:
         n_rows = 2 * s["intermediate"] if case.op == "gated_linear" else s["n_out"]
         plan = gemm.plan(n_rows, s["n_in"], s["n_tokens"])
         again = (-(-n_rows // plan.tile.rows) - 1) * x_bytes
-        return SLACK * (cost + again) / cost, ["every tile of weights reads its tokens anew, from the L2 cache"]
+        return SLACK * (cost + again) / cost, [TILES]
     return SLACK, []
+
+
+def _read_again(s, is_gated):
+    """Bytes of x that tiles of experts read beyond once."""
+    n_rows, n_pairs = s["n_out"] * (1 + is_gated), s["n_tokens"] * s["experts_per_token"]
+    tile = moe.plan(n_rows, s["n_experts"], s["n_tokens"], s["experts_per_token"], is_gated and s["in_out"]).tile
+    once = n_pairs if s.get("by_pair", True) else s["n_tokens"]
+    return 2 * s["n_in"] * (-(-n_rows // tile.rows) * n_pairs - once)
 
 
 def resources(built, report):

@@ -13,9 +13,10 @@ from measure.tables import figure, scale_of
 
 # Of an op's name. A name that is not here is of "other".
 FAMILIES = {"linear": "matrix", "gated_linear": "matrix", "attention": "attention", "add_norm": "norm",
-            "rms_norm": "norm", "qk_norm_rope_cache": "rope", "rope_angles": "rope", "embed": "move",
-            "select_rows": "move", "logit_softcap": "sample", "sample": "sample", "top_logprobs": "sample",
-            "apply_edits": "sample"}
+            "rms_norm": "norm", "add_norms": "norm", "router_norm": "norm", "mix_per_layer": "norm",
+            "qk_norm_rope_cache": "rope", "rope_angles": "rope", "attention_temperature": "rope", "embed": "move",
+            "select_rows": "move", "scale_rows": "move", "logit_softcap": "sample", "sample": "sample",
+            "top_logprobs": "sample", "apply_edits": "sample"}
 FAMILY_NAMES = {"matrix": "matrix products", "attention": "attention", "norm": "norms", "rope": "QK norm, RoPE, cache",
                 "move": "gathers", "sample": "logits and sampling", "other": "other"}
 MARGIN = 3                      # a plot's axes end a factor beyond its figures

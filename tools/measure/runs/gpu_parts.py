@@ -87,7 +87,7 @@ def quick_parts(lane):
 def too_large(preset_name, memory_bytes, n_layers=None):
     """Why a preset, or its first layers, does not fit a GPU with so much memory; "" where it does."""
     from engine.models.presets import preset
-    from engine.weights import n_weights
+    from engine.tensors import n_weights
     from measure.random_weights import slice_of
     spec = preset(preset_name)
     if n_layers:

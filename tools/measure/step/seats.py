@@ -60,7 +60,7 @@ class Needs:
         for part in self.case.parts:
             n_new = min(part.n_query, self.max_batch_tokens)
             of_one = -(-min(self._length(part), self.max_positions) // size)
-            n_pages += part.n_seqs * (of_one if pool.window is None else min(of_one, pool.live_pages(n_new, size)))
+            n_pages += part.n_seqs * (min(of_one, pool.live_pages(n_new, size)) if pool.is_local else of_one)
         return n_pages
 
     def rows(self):

@@ -21,6 +21,11 @@ PARTS = {"floor": "weights, K and V alone at the ceilings",
          "gaps": "the step's launches back to back, less each kernel among its kind: unlike neighbours",
          "host": "outside the launches: batch, copies in, launches that no graph replays, reading tokens back"}
 AFTER_LAYERS = ("select_rows", "logit_softcap", "apply_edits", "sample", "top_logprobs")
+BY_KIND = ("attention", "qk_norm_rope_cache")       # what differs between local and global layers, besides products
+PRODUCTS = ("linear", "gated_linear", "moe_gated_linear", "moe_linear")
+# Which of the model's matrices a product is by, where its op does not say it.
+OF_LAYER = {"qkv": "qkv", "o": "o", "gate_up": "", "down": "down", "router": "router", "experts_gate_up": "",
+            "experts_down": "down", "per_layer_gate": "per-layer gate", "per_layer_projection": "per-layer out"}
 N_PAGES_DIMS = 4        # of K and V: pages, positions, heads, values
 ROWS_IN = {"embed": 1, "select_rows": 1}        # the argument with a row for each row of the output, else the first
 
@@ -30,11 +35,13 @@ def watched(core, around):
     """Within it every op of the core's steps runs inside around(name, args, kwargs); see engine.trace."""
     step = core.step
     before = step.ops, step.layers.ops
-    step.ops = step.layers.ops = traced(step.ops, around)
+    step.ops = traced(step.ops, around)
+    step.layers.use(step.ops)
     try:
         yield
     finally:
-        step.ops, step.layers.ops = before
+        step.ops = before[0]
+        step.layers.use(before[1])
 
 
 @contextmanager
@@ -61,8 +68,8 @@ def recording(core):
 class Op:
     """One launch of the op table in a step.
 
-    role    which of the model's: "qkv", "head", "decode", ... or ""; "kept" is of the last layer, once it has dropped
-            the rows nobody asked for
+    role    which of the model's: "qkv", "head", "decode", ... or ""; "kept" is of the layers that have dropped the rows
+            nobody asked for
     kind    of attention in its layer, "local", "global" or "chunked"; "" where that makes no difference
     launch  runs it again
     """
@@ -99,34 +106,31 @@ class Group:
 
 def ops_of(calls, core, batch):
     """[Op] of the recorded calls of one step over `batch`, a Batch."""
-    weights, layers = core.weights, core.spec.layers
-    matrices = {id(weights.head): ("head", None)}
+    weights, layers, drops_at = core.weights, core.spec.layers, core.step.layers.drops_at
+    matrices = {id(weights.head): ("head", None), id(weights.per_layer_model_projection): ("per-layer context", None)}
     for i, w in enumerate(weights.layers):
-        matrices |= {id(w.qkv): ("qkv", i), id(w.o): ("o", i), id(w.gate_up): ("", i), id(w.down): ("down", i)}
-    found, layer, n_attentions = [], 0, 0
+        matrices |= {id(getattr(w, name)): (role, i) for name, role in OF_LAYER.items()}
+    found, layer, n_attentions, has_dropped = [], 0, 0, False
     for name, args, kwargs in calls:
-        role, has_kind, counted = "", name in ("attention", "qk_norm_rope_cache"), args
-        if name in ("linear", "gated_linear"):
+        role, has_kind, counted = "", name in BY_KIND, args
+        if name in PRODUCTS:
             role, of = matrices[id(args[1])]
             has_kind, layer = of is not None, layer if of is None else of
         if name == "attention":
-            paged = _host_rows(core, batch, n_attentions)
+            pool, _ = core.kv_cache.layer_slot[n_attentions]
+            paged = (batch.kept_pools if has_dropped else batch.pools)[pool]
             role, counted = _phase(paged), (*args[:3], paged)
             n_attentions += 1
-        if n_attentions == len(layers) and batch.kept is not None and name not in AFTER_LAYERS and role != "head":
+        if has_dropped and name not in AFTER_LAYERS and role != "head":
             role = f"{role} kept".strip()
+        # The first rows selected are those of the residual, in the layer that drops the others.
+        has_dropped |= name == "select_rows" and batch.kept is not None and n_attentions <= drops_at
         found.append(Op(name, role, _kind(layers[layer].attention) if has_kind else "", _sizes(args, kwargs),
                         int(args[ROWS_IN.get(name, 0)].shape[0]), cost.of(name, counted, kwargs),
                         partial(getattr(core.lane.ops, name), *args, **kwargs)))
-    assert n_attentions == len(layers)
+    wants_any = batch.kept is None or len(batch.kept)
+    assert n_attentions == (len(layers) if wants_any else drops_at)
     return found
-
-
-def _host_rows(core, batch, i):
-    """The PagedBatch of layer i's attention, whose lengths lie on the host."""
-    pool, _ = core.kv_cache.layer_slot[i]
-    is_last = i + 1 == len(core.spec.layers)
-    return batch.kept_pool(pool) if is_last and batch.kept is not None else batch.pools[pool]
 
 
 def _phase(paged):
@@ -172,7 +176,7 @@ def grouped(ops):
 
 def attribution(wall_s, launches_s, kernels_s, traffic_s, floor_s):
     """{a name of PARTS: seconds} of a step's wall time, which they add up to. A part may be negative: a kernel may take
-    longer alone than among others, and the floor counts every token in the last layer.
+    longer alone than among others, and the floor counts every token in layers that drop some.
 
     launches_s  all launches of the step back to back; kernels_s: the sum of what each takes by itself
     traffic_s   all that the kernels move, at the ceilings
