@@ -167,7 +167,7 @@ def attention(q, k_pages, v_pages, paged, *, scale, out, scratch=None, window=No
     seen = [visible(*row, window, chunk) for row in zip((end - begin).tolist(), context.tolist(), strict=True)]
     n_keys, n_pairs = sum(keys for keys, _ in seen), sum(pairs for _, pairs in seen)
     if last_visible is not None:
-        position = np.arange(begin[0], end[-1]) - np.repeat(end - context, end - begin)
+        position = np.arange(cu_seqlens[0], cu_seqlens[-1]) - np.repeat(end - context, end - begin)
         last = np.minimum(np.asarray(last_visible, np.int64), np.repeat(context, end - begin) - 1)
         n_pairs += int((last - position).sum())
     extra = (0, 0)

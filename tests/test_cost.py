@@ -90,6 +90,36 @@ def test_float32_arrays_count_in_full_and_leave_no_partial_sums():
     assert full.bytes == 2 * half.bytes
 
 
+TABLE, ROWS, WEIGHT = shaped(100, 16), shaped(3, 16), shaped(16)
+
+
+@pytest.mark.parametrize("got, n_bytes", [
+    (cost.embed(TABLE, shaped(5, dtype=np.int32), 1.0, None), 4 * 5 + 2 * (5 + 5) * 16),
+    (cost.embed(ROWS, shaped(5, dtype=np.int32), 1.0, None), 4 * 5 + 2 * (3 + 5) * 16),        # a table of three rows
+    (cost.select_rows(TABLE, shaped(4, dtype=np.int32), None), 4 * 4 + 2 * (4 + 4) * 16),
+    (cost.select_rows(ROWS, shaped(4, dtype=np.int32), None), 4 * 4 + 2 * (3 + 4) * 16),
+    (cost.select_rows(shaped(9, 16, dtype=np.float32), shaped(4, dtype=np.int32), None), 4 * 4 + 4 * (4 + 4) * 16),
+    (cost.rms_norm(ROWS, None, 1e-6, 0.0, None), 2 * 2 * 3 * 16),
+    (cost.add_norm(ROWS, ROWS, None, WEIGHT, 1e-6, 0.0, None, ROWS), 2 * (4 * 3 + 1) * 16),
+    (cost.add_norm(ROWS, ROWS, WEIGHT, WEIGHT, 1e-6, 0.0, shaped(1), ROWS), 2 * ((4 * 3 + 2) * 16 + 1)),
+    (cost.rope_angles(shaped(5, dtype=np.int32), shaped(8, dtype=np.float32), None), 4 * 5 + 4 * 8 + 2 * 4 * 5 * 8),
+    (cost.logit_softcap(shaped(3, 50, dtype=np.float32), 30.0), 2 * 4 * 3 * 50),
+    (cost.linear(ROWS, shaped(32, 16), shaped(3, 32, dtype=np.float32)), 2 * 16 * (32 + 3) + 4 * 3 * 32),
+])
+def test_bytes_by_hand(got, n_bytes):
+    assert (got.bytes, got.extra_bytes) == (n_bytes, 0)
+
+
+@pytest.mark.parametrize("v_is_k, n_in", [(False, 4 + 2 + 2), (True, 4 + 2)])
+def test_rotation_reads_the_heads_that_there_are(v_is_k, n_in):
+    """3 tokens, 4 and 2 heads of 16, 4 pairs of each turned: qkv, q out, K and V, two norms, angles, slots."""
+    pages = shaped(7, 8, 2, 16)
+    got = cost.qk_norm_rope_cache(shaped(3, n_in * 16), WEIGHT, WEIGHT, shaped(3, 2, 4, dtype=np.float32),
+                                  shaped(3, dtype=np.int32), pages, pages, n_heads=4, v_norm=False, v_is_k=v_is_k,
+                                  eps=1e-6, weight_offset=0.0, out=shaped(3, 64))
+    assert got == Cost(2 * 16 * (3 * (n_in + 4 + 2 * 2) + 2) + 3 * 2 * 4 * 4 + 4 * 3)
+
+
 @given(n_query=st.integers(0, 40), before=st.integers(0, 60), window=st.none() | st.integers(1, 30),
        chunk=st.none() | st.integers(1, 30))
 @settings(max_examples=200, deadline=None)
@@ -115,6 +145,35 @@ def test_attention(rows, see):
     is_in_parts = any((items[:, 5] > 1).any() for items in work)
     n_lists = 4 * (sum(items.size for items in work))
     assert (got.extra_bytes - n_lists > 2 * 4 * n_heads * head_dim) == is_in_parts
+    full = cost.attention(q.astype(np.float32), pages, pages, batch, scale=1.0, out=q, scratch=None, **see)
+    assert full == Cost(2 * got.bytes, 0, got.flops)
+
+
+@pytest.mark.parametrize("see, n_keys, n_pages", [({}, 40, 3), ({"window": 10}, 10, 2), ({"window": 8}, 8, 1),
+                                                  ({"chunk": 32}, 8, 1)])
+@pytest.mark.parametrize("is_image", [False, True])
+def test_attention_reads_its_lists(see, n_keys, n_pages, is_image):
+    """One token, the last of 40: an item of work and the number of items, the pages that it sees, where they begin,
+    where the sequence and its queries end; of an image the last position it sees, as far as that is there."""
+    rows, last_visible = [(0, 1, 40)], np.array([60], np.int32) if is_image else None
+    q, pages = shaped(1, 8 * 64), shaped(4, 16, 2, 64)
+    batch = PagedBatch([PageList([])], None, rows, 16, last_visible)
+    work = paged.plan(rows, n_heads=8, n_kv_heads=2, head_dim=64, last_visible=last_visible, **see)
+    (items,) = [items for items in work if len(items)]
+    assert len(items) == 1 and items[0, 5] == 1
+    got = cost.attention(q, pages, pages, batch, scale=1.0, out=q, **see)
+    assert got.extra_bytes == 4 * (items.size + 1 + n_pages + 1 + 1 + 2 + is_image)
+    assert got.flops == 4 * 8 * 64 * n_keys
+
+
+def test_attention_in_parts_writes_them_and_counts_them():
+    """A sum, a largest and a total of each head and part, written and read, and a counter of each KV head."""
+    rows, q, pages = [(0, 1, 3000)], shaped(1, 8 * 64), shaped(4, 16, 2, 64)
+    items = paged.plan(rows, n_heads=8, n_kv_heads=2, head_dim=64).decode
+    assert items[0, 5] == len(items) > 1
+    got = cost.attention(q, pages, pages, PagedBatch([PageList([])], None, rows, 16), scale=1.0, out=q)
+    n_lists = items.size + 1 + -(-3000 // 16) + 1 + 1 + 2
+    assert got.extra_bytes == 2 * 4 * len(items) * 8 * (64 + 2) + 4 * (n_lists + 2 * 2)
 
 
 def test_attention_to_later_positions_counts_them():
@@ -128,11 +187,13 @@ def test_attention_to_later_positions_counts_them():
 
 def test_sampling_reads_the_logits_once_and_again():
     logits, rows = shaped(2, 50_000, dtype=np.float32), [(SamplingParams(top_k=5), 0, 0)] * 2
-    got = cost.sample(logits, SamplingBatch.build(rows), shaped(2, dtype=np.int32), None)
-    assert logits.nbytes < got.bytes < 1.01 * logits.nbytes
+    batch = SamplingBatch.build(rows)
+    got = cost.sample(logits, batch, shaped(2, dtype=np.int32), None)
+    assert got.bytes == logits.nbytes + 2 * 4 + sum(column.nbytes for column in vars(batch).values())
     assert 3 * logits.nbytes < got.traffic_bytes < 3.5 * logits.nbytes
     tops = [cost.top_logprobs(logits, None, n, None, None, None, None) for n in (0, 20)]
     assert [round(top.traffic_bytes / logits.nbytes) for top in tops] == [2, 3]
+    assert [top.bytes - logits.nbytes for top in tops] == [2 * 8, 2 * (8 + 20 * 8)]       # of the chosen, of each of 20
     edits = LogitEdits.build([(SamplingParams(frequency_penalty=1.0), [], [1, 2, 3], ())] * 2)
     assert cost.apply_edits(logits, edits) == Cost(4 + 6 * 26 + 2 * 12)
 

@@ -200,6 +200,12 @@ def test_the_floor_counts_the_weights_that_are_loaded(name):
     assert n_vectors < 0.001 * n_matrices or name == "gemma-3-270m"             # what the floor leaves out
 
 
+@pytest.mark.parametrize("name, n_embedded", [("gemma-3-1b", 1152), ("gemma-4-e4b", 2560 + 42 * 256)])
+def test_the_floor_counts_a_row_of_each_embedding_table(name, n_embedded):
+    one, seven = (floor_parts(preset(name), [(1, n, 7)])["linear"].bytes for n in (1, 7))
+    assert one == 2 * (n_matrix_weights(preset(name)) + n_embedded) and seven - one == 2 * 6 * n_embedded
+
+
 @pytest.mark.parametrize("name", PRESETS)
 @pytest.mark.parametrize("kv_bytes", [1, 2])
 def test_the_floor_counts_the_keys_and_values_that_are_cached(name, kv_bytes):

@@ -13,6 +13,7 @@ cannot run.
 import argparse
 import importlib
 import json
+import os
 import shlex
 import signal
 import sys
@@ -24,12 +25,16 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))     # the checkout, where it is not installed
 
 from measure import tables
-from measure.cases import whole
+from measure.cases import positive, whole
 from measure.report import BenchError, Report
 
 from engine.backend import lane_of
 from engine.errors import RawgemError
 from engine.models.presets import PRESETS
+
+# What ends a run with one line; all else is a fault of ours, and shows where.
+EXPECTED = (BenchError, RawgemError, KeyboardInterrupt, OSError, MemoryError)
+RESCUE_S = 3.0          # from being told to end until a run that does not end is written by another thread
 
 
 @dataclass(frozen=True)
@@ -45,11 +50,13 @@ class Command:
 
 
 COMMANDS = {
-    "ceilings": Command("ceilings", "what the machine can do: copies, reads, matrix products, launches"),
+    "ceilings": Command("ceilings", "what the machine can do: copies, reads, matrix products, launches",
+                        ("run", "output")),
     "kernels": Command("kernels", "each kernel at real shapes, beside the limit; --lane emulated counts its traffic"),
     "engine": Command("engine", "whole steps: first token, tokens per second, and where a step's time goes"),
-    "serve": Command("serve", "a stream of requests: latencies and goodput at each rate"),
-    "load": Command("load", "opening a checkpoint: seconds, bytes per second, peak memory"),
+    "serve": Command("serve", "a stream of requests: latencies and goodput at each rate", ("run", "preset", "output")),
+    "load": Command("load", "opening a checkpoint: seconds, bytes per second, peak memory",
+                    ("run", "preset", "output")),
     "against": Command("against", "other engines and kernels side by side, their results compared first"),
     "floors": Command("floors", "the least a step can take, by count alone", ("preset", "ceilings", "output")),
     "compare": Command("compare", "two --json files: what got better, what worse", ()),
@@ -68,7 +75,17 @@ def key_value(text):
     key, equals, value = text.partition("=")
     if not key or not equals:
         raise BenchError(f"{text!r} is not key=value")
+    if not text.isprintable():
+        raise BenchError(f"{text!r}: expected one line, without control characters")
     return key, value
+
+
+def rate(text):
+    """An argparse type: bytes or operations per second, so many that times are finite."""
+    value = positive(text)
+    if value < 1:
+        raise BenchError(f"{text!r} per second, expected at least 1")
+    return value
 
 
 def preset_list(text):
@@ -77,17 +94,6 @@ def preset_list(text):
         if name not in PRESETS:
             raise BenchError(f"no preset {name!r}, expected some of {','.join(PRESETS)}")
     return names
-
-
-def rate(text):
-    """An argparse type: a number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0
-    if not 0 < value < float("inf"):
-        raise BenchError(f"{text!r} is not a number above 0")
-    return value
 
 
 def lane(text):
@@ -160,6 +166,8 @@ def parse(argv):
         path = getattr(args, option, None)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
             raise BenchError(f"--{option} {path}: no file can be written there")
+        if path == Path("-") and option != "markdown":
+            raise BenchError(f"--{option} -: expected a file; stdout gets the tables")
     if getattr(args, "html", None):
         module_of("pages.page")
     return command, args
@@ -176,17 +184,21 @@ def report_of(args, argv):
 
 def measure(command, args, report):
     """Runs the command; returns the exit status. What it measured is written however it ends."""
+    failed = []
     try:
-        with stoppable():
-            return module_of(command.module).run(args, report)
+        with stoppable(), rescued(report, args):
+            status = module_of(command.module).run(args, report)
     except BaseException as error:
         report.incomplete = reason(error)
-        if not isinstance(error, (BenchError, RawgemError, KeyboardInterrupt)):
+        if not isinstance(error, EXPECTED):
             raise
         print(f"bench: {report.incomplete}", file=sys.stderr)
-        return 130 if isinstance(error, KeyboardInterrupt) else 2
+        status = 130 if isinstance(error, KeyboardInterrupt) else 2
     finally:
-        write(report, args)
+        failed += write(report, args)
+        for line in failed:
+            print(f"bench: {line}", file=sys.stderr)
+    return max(status, 2) if failed else status
 
 
 def reason(error):
@@ -195,6 +207,8 @@ def reason(error):
         return str(error) or "interrupted"
     if isinstance(error, (BenchError, RawgemError)):
         return str(error)
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     return f"{type(error).__name__}: {error}"
 
 
@@ -213,18 +227,56 @@ def stoppable():
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def rescued(report, args):
+    """Within it, a run that is told to end and cannot, because it waits for a GPU that never answers, is written and
+    ended by a thread of its own: signals reach Python's handlers only between two of its instructions."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    told, teller = os.pipe()
+    os.set_blocking(teller, False)
+    is_over = threading.Event()
+
+    def watch():
+        with os.fdopen(told, "rb", buffering=0) as signals:
+            if not signals.read(1) or is_over.wait(RESCUE_S):
+                return
+        report.incomplete = "told to end, it did not: it waited for something, most likely the GPU"
+        try:
+            write(report, args)
+        finally:
+            os._exit(130)
+    before = signal.set_wakeup_fd(teller, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        is_over.set()
+        signal.set_wakeup_fd(before)
+        os.close(teller)
+
+
 def write(report, args):
-    """Tables to stdout, and the files that were asked for; the JSON first."""
-    document = report.as_dict()
+    """Tables to stdout, and the files that were asked for; the JSON first. Returns a line for each that failed, which
+    takes no other with it."""
+    document, failed = report.as_dict(), []
+
+    def put(option, path, text):
+        try:
+            path.write_text(text, encoding="utf-8")
+        except OSError as error:
+            failed.append(f"--{option} {path}: {error.strerror}")
     if args.json:
-        args.json.write_text(json.dumps(document, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        put("json", args.json, json.dumps(document, indent=1, allow_nan=False) + "\n")
     on_stdout = args.markdown == Path("-")
     if report.rows or report.skipped or not report.incomplete:
         print(tables.markdown(document) if on_stdout else tables.text(document), flush=True)
     if args.markdown and not on_stdout:
-        args.markdown.write_text(tables.markdown(document), encoding="utf-8")
+        put("markdown", args.markdown, tables.markdown(document))
     if args.html:
-        args.html.write_text(module_of("pages.page").html(document), encoding="utf-8")
+        put("html", args.html, module_of("pages.page").html(document))
+    return failed
 
 
 def main(argv=None):

@@ -12,10 +12,12 @@ import os
 import sys
 import time
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))
 
+from measure.cases import one_of
 from measure.kernel.compiled import Row, check, variants
 
 from engine.errors import ConfigError
@@ -45,27 +47,30 @@ def table(rows):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--arch", nargs="+", choices=LIMITS, default=list(LIMITS), help="architectures; all by default")
-    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=list(PRESETS), help="models; all by default")
-    parser.add_argument("--kernel", nargs="+", help="launcher modules, like attention; all by default")
+    for name, known, what in (("arch", LIMITS, "architectures"), ("preset", PRESETS, "models")):
+        parser.add_argument(f"--{name}", nargs="+", type=one_of(*known), default=[list(known)], metavar="A,B",
+                            help=f"{what}, of {', '.join(known)}; all by default")
+    parser.add_argument("--kernel", nargs="+", type=lambda text: text.split(","), metavar="A,B",
+                        help="launcher modules, like attention; all by default")
     parser.add_argument("--json", action="store_true", help="the rows as JSON")
     args = parser.parse_args(argv)
+    arches, presets, kernels = (lists and list(chain(*lists)) for lists in (args.arch, args.preset, args.kernel))
     try:
         device.nvrtc()
     except ConfigError as error:
         parser.exit(2, f"{error}\n")
     began = time.perf_counter()
-    found = variants(args.preset, args.kernel)
+    found = variants(presets, kernels)
     if not found:
-        parser.error(f"--kernel {' '.join(args.kernel)}: none of that name in engine/kernels")
-    rows = check(found, args.arch, os.cpu_count() or 1)
+        parser.error(f"--kernel {' '.join(kernels)}: none of that name in engine/kernels")
+    rows = check(found, arches, os.cpu_count() or 1)
     bad = [row for row in rows if row.problems()]
     if args.json:
         print(json.dumps([{**asdict(row), "blocks_per_sm": row.taken and row.blocks, "problems": row.problems()}
                           for row in rows], indent=1))
     else:
         print(*table(rows), sep="\n")
-        print(f"\n{len(found)} kernels with their constants on {', '.join(args.arch)}, "
+        print(f"\n{len(found)} kernels with their constants on {', '.join(arches)}, "
               f"{time.perf_counter() - began:.0f} s")
     for row in bad:
         print(f"FAILED {row.file}: {row.kernel} on {row.arch}: {'; '.join(row.problems())}", row.error, file=sys.stderr)

@@ -20,6 +20,7 @@ from measure.random_weights import RandomCheckpoint
 from measure.report import BenchError, Report, load_document
 
 from engine.backend import open_lane
+from engine.errors import KernelError, MemoryPlanError
 from engine.models import describe
 from loaders.config import Config
 from tests import tiny
@@ -175,6 +176,26 @@ def test_a_peer_that_is_wrong_is_reported_and_not_timed(scripted, off):
     assert "ours" in good.stats
 
 
+def test_rows_that_are_compared_are_spread_over_all(monkeypatch):
+    monkeypatch.setattr(peers, "MOST_ROWS", 4)
+    prepared = replace(NORM, sizes={"n_tokens": 9, "hidden": 32}).prepare(CPU, np.random.default_rng(0))
+    prepared.launch()
+    theirs = prepared.sets[0]["out"].copy()
+    theirs[8] *= 2
+    assert peers.row_error(prepared, theirs)[0] == pytest.approx(1)
+    assert peers.row_error(prepared, prepared.sets[0]["out"].copy())[0] == 0
+
+
+@pytest.mark.parametrize("error, is_good, why", [
+    (MemoryPlanError("no room"), True, "no room"), (KernelError("refused"), False, "ours is wrong: refused")])
+def test_a_case_of_ours_that_fails_does_not_end_the_run(scripted, monkeypatch, error, is_good, why):
+    def fail(*args):
+        raise error
+    monkeypatch.setattr(KernelCase, "prepare", fail)
+    came, report = run_kernels(NORM, [norm_peer("good")])
+    assert came == is_good and [one["why"] for one in report.skipped] == [why] and not report.rows
+
+
 def test_a_peer_that_fails_is_skipped_and_the_others_go_on(scripted):
     def fail(prepared):
         raise RuntimeError("no such kernel\nand a page of stack")
@@ -325,9 +346,9 @@ def test_without_torch_every_peer_is_skipped_and_nothing_is_made(tmp_path, monke
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(against, "is_installed", lambda package: False)
     file = tmp_path / "out.json"
-    assert bench.main(["against", "--lane", "cpu", "--peer", ",".join(against.PEERS), "--json", str(file)]) == 0
+    assert bench.main(["against", "--lane", "cpu", "--peer", ",".join(against.PEERS), "--json", str(file)]) == 2
     document = load_document(file)
-    assert not document["rows"] and not document["incomplete"]
+    assert not document["rows"] and document["incomplete"] == "against: everything was skipped"
     what = " ".join(line["what"] for line in document["skipped"])
     for name in against.PEERS:
         assert name in what

@@ -128,7 +128,10 @@ def test_rows_carry_units_shares_and_notes():
 # --- the run
 
 class StandIn:
-    """Answers like a worker: rawgem takes 1 ms a token, transformers 5; in a batch, the last row parts at token 9."""
+    """Answers like a worker: rawgem takes 1 ms a token, transformers 5; in a batch, the last row parts at token 9, and
+    their log-probabilities differ by `off`."""
+
+    off = 0.001
 
     def __init__(self, side, options):
         self.side, self.scale = side, {"rawgem": 0.001, "transformers": 0.005}.get(side)
@@ -140,12 +143,19 @@ class StandIn:
     def __exit__(self, *error):
         pass
 
-    def ask(self, do, prompts=(), n_tokens=0, path=None, matrices=()):
+    def ask(self, do, prompts=(), n_tokens=0, path=None, matrices=(), n=0, tokens=()):
         if do == "generate":
             rows = [[7] * n_tokens for _ in prompts]
             if self.side == "transformers" and n_tokens > 8 and len(rows) > 1:
                 rows[-1][8] = 6
             return {"seconds": self.scale * (len(prompts[0]) + n_tokens), "token_ids": rows}
+        if do == "likeliest":
+            each = [[[-1.0, -2.0]] * n_tokens for _ in prompts]
+            return {"token_ids": [[7] * n_tokens for _ in prompts], "likeliest": [[[7, 9]] * n_tokens for _ in prompts],
+                    "logprobs": each}
+        if do == "logprobs":
+            off = self.off if len(prompts) > 1 else 0.0
+            return {"logprobs": [[[-1.0, -2.0 - off] for _ in row] for row in tokens], "largest": 5.0}
         return {"load": {"seconds": self.scale}, "peak": {"bytes": 5e7}, "gemv": {"bytes_per_s": 2e10}}[do]
 
 
@@ -163,15 +173,43 @@ def test_run_measures_every_shape_and_writes_json(tmp_path, monkeypatch, capsys)
     assert decode.stats["ratio"].median == pytest.approx(5.0)
     assert decode.stats["by_round"].samples == pytest.approx([5.0, 5.0, 5.0])
     assert decode.is_met and decode.goal.at_least == 4
+    assert rows["outputs"].stats["error"].median == pytest.approx(0.001 / 5)
     assert rows["decode, batch 8"].notes == ("equal greedy tokens, of 16 a row: 16, 16, 16, 16, 16, 16, 16, 8",)
     assert document["facts"]["models"]["tiny"]["agree"] == {"1": [16], "8": [16] * 7 + [8]}
     assert document["versions"]["transformers"] == "1.0"
     assert "decode, batch 1" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("off, said", [(0.003, "0.0006 of the largest logit, expected 0.0004"), (np.nan, "nan")])
+def test_outputs_that_differ_are_not_timed_and_fail(tmp_path, monkeypatch, capsys, off, said):
+    """After the long prompt they are alike, in the batch they are not."""
+    monkeypatch.setattr(against_cpu, "Worker", type("Wrong", (StandIn,), {"off": off}))
+    monkeypatch.setattr(against, "is_installed", lambda package: True)
+    assert bench.main(["against", "--lane", "cpu", "--peer", "transformers", "--shapes", "tiny,small", "-r", "2",
+                       "--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "out.json")]) == 1
+    rows = rows_of(load_document(tmp_path / "out.json"))
+    assert [(row.name, row.shape["model"]) for row in rows] == [("outputs", "tiny"), ("outputs", "small")]
+    assert said in rows[0].notes[0] and rows[0].notes[0] in capsys.readouterr().out
+
+
+def test_a_decode_time_that_is_not_above_zero_is_not_judged(tmp_path, monkeypatch, capsys):
+    """It is the difference of two times, and other work may have lengthened the shorter run."""
+    class Disturbed(StandIn):
+        def ask(self, do, prompts=(), n_tokens=0, **others):
+            return super().ask(do, prompts, 64 if n_tokens == 1 else n_tokens, **others)
+    monkeypatch.setattr(against_cpu, "Worker", Disturbed)
+    monkeypatch.setattr(against, "is_installed", lambda package: True)
+    assert bench.main(["against", "--lane", "cpu", "--peer", "transformers", "--shapes", "tiny", "-r", "2", "--batch",
+                       "1", "--cache", str(tmp_path / "cache"), "--json", str(tmp_path / "out.json")]) == 0
+    rows = {row.name: row for row in rows_of(load_document(tmp_path / "out.json"))}
+    for name in ("decode, batch 1", "of the GEMV rate", "of square GEMV's rate"):
+        assert rows[name].stats == {} and rows[name].goal is None and "not judged" in rows[name].notes[0]
+    assert "not judged" in capsys.readouterr().out and rows["prefill"].stats
+
+
 def test_without_transformers_it_is_skipped_by_name(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(against, "is_installed", lambda package: package != "torch")
-    assert bench.main(["against", "--lane", "cpu", "--json", str(tmp_path / "out.json")]) == 0
+    assert bench.main(["against", "--lane", "cpu", "--json", str(tmp_path / "out.json")]) == 2
     document = load_document(tmp_path / "out.json")
     assert document["rows"] == []
     assert document["skipped"] == [{"what": "transformers",
@@ -205,3 +243,21 @@ def test_the_engines_worker_generates(tmp_path):
         worker.ask("load", path=str(tmp_path))
         answer = worker.ask("generate", prompts=[[3, 4, 5], [6, 7, 8]], n_tokens=4)
     assert [len(row) for row in answer["token_ids"]] == [4, 4]
+
+
+def test_both_workers_find_the_same_log_probabilities(tmp_path):
+    pytest.importorskip("transformers")
+    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
+    options = {"device": "cpu", "threads": 1, "max_seqs": 2, "max_seq_len": 20}
+    with against_cpu.Worker("rawgem", options) as ours, against_cpu.Worker("transformers", options) as theirs:
+        for worker in (ours, theirs):
+            worker.ask("load", path=str(tmp_path))
+        prompts = against_cpu.random_prompts(MINI, 2, 9, 0)
+        assert 0 < against_cpu.error_of(ours, theirs, prompts, 5) < against_cpu.BOUND
+        theirs.ask("load", path=str(_other_seed(tmp_path / "other")))
+        assert against_cpu.error_of(ours, theirs, prompts, 5) > 10 * against_cpu.BOUND
+
+
+def _other_seed(directory):
+    checkpoints.write_checkpoint(MINI, directory, seed=1)
+    return directory

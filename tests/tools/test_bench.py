@@ -12,7 +12,7 @@ import bench
 import pytest
 from measure import tables
 from measure.cases import parse_cases
-from measure.report import BenchError, Goal, Row, Stat
+from measure.report import BenchError, Goal, Row, Stat, load_document
 
 from engine.errors import ConfigError
 
@@ -82,6 +82,8 @@ def test_the_lane_is_the_cpu_elsewhere(fake, monkeypatch, capsys):
     (["kernels", "--seed", "-1"], "'-1' is not a whole number >= 0"),
     (["kernels", "--metadata", "desk"], "'desk' is not key=value"),
     (["kernels", "--bandwidth", "fast"], "'fast' is not a number above 0"),
+    (["kernels", "--bandwidth", "1e-300"], "'1e-300' per second, expected at least 1"),
+    (["kernels", "--metadata", "place=desk\nlamp"], "expected one line"),
     (["kernels", "--flops", "inf"], "'inf' is not a number above 0"),
     (["kernels", "--case", "decode=32*"], "case 'decode=32*': '32*' is no part of a case, expected LABEL="),
     (["kernels", "--colour", "red"], "unrecognized arguments: --colour"),
@@ -158,6 +160,32 @@ def test_what_was_measured_is_written_however_it_ends(fake, tmp_path, capsys, me
     assert err == f"bench: {why}\n"
 
 
+@pytest.mark.parametrize("error, why", [
+    (FileNotFoundError(2, "No such file or directory", "/nope/x"), "/nope/x: No such file or directory"),
+    (MemoryError("Unable to allocate 90.9 TiB"), "MemoryError: Unable to allocate 90.9 TiB")])
+def test_what_the_machine_refuses_is_one_line(fake, capsys, error, why):
+    def measures(args, report):
+        raise error
+    fake.measures = measures
+    assert bench.main(["kernels", "--lane", "cpu"]) == 2
+    assert capsys.readouterr().err == f"bench: {why}\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+def test_a_file_that_cannot_be_written_takes_nothing_with_it(fake, tmp_path, capsys):
+    good = tmp_path / "out.md"
+    assert bench.main(["kernels", "--lane", "cpu", "--json", "/dev/full", "--markdown", str(good)]) == 2
+    out, err = capsys.readouterr()
+    assert out.startswith("kernels: lane cpu\n") and "### kernels" in good.read_text()
+    assert err == "bench: --json /dev/full: No space left on device\n"
+
+
+@pytest.mark.parametrize("option", ["--json", "--html"])
+def test_only_markdown_goes_to_stdout(fake, capsys, option):
+    assert bench.main(["kernels", "--lane", "cpu", option, "-"]) == 2
+    assert capsys.readouterr() == ("", f"bench: {option} -: expected a file; stdout gets the tables\n")
+
+
 def test_a_fault_of_ours_is_written_and_raised(fake, tmp_path):
     path = tmp_path / "out.json"
     fake.measures = lambda args, report: report.no_such_thing
@@ -207,3 +235,37 @@ def test_the_script_runs_from_anywhere(tmp_path):
                           text=True, env={key: value for key, value in os.environ.items() if key != "PYTHONPATH"})
     assert done.returncode == 0, done.stderr
     assert all(name in done.stdout for name in bench.COMMANDS)
+
+
+HANGING = """
+import ctypes, sys, types
+from threading import Timer
+import bench
+from measure.report import Row, Stat
+
+def run(args, report):
+    report.add(Row("kernels", "linear", {}, {"time": Stat("s", 1.0)}))
+    Timer(1, print, ["it hangs"], {"flush": True}).start()          # the lock is waited for by then
+    lock, mutex = ctypes.CDLL(None).pthread_mutex_lock, ctypes.create_string_buffer(64)
+    lock(mutex)
+    lock(mutex)
+
+module = types.ModuleType("measure.kernels")
+module.run, module.add_arguments = run, lambda parser: None
+sys.modules["measure.kernels"] = module
+bench.RESCUE_S = 0.1
+sys.exit(bench.main(["kernels", "--lane", "cpu", "--json", sys.argv[1]]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_waits_for_ever_is_written_when_it_is_told_to_end(tmp_path, number):
+    """As one does whose GPU spins: no handler of Python's is called while it waits."""
+    path = tmp_path / "out.json"
+    with subprocess.Popen([sys.executable, "-c", HANGING, str(path)], cwd=Path(BENCH).parent, stdout=subprocess.PIPE,
+                          text=True) as process:
+        assert process.stdout.readline() == "it hangs\n"
+        process.send_signal(number)
+        assert process.wait(60) == 130
+    document = load_document(path)
+    assert document["incomplete"].startswith("told to end") and len(document["rows"]) == 1

@@ -203,6 +203,22 @@ def test_the_program_succeeds_on_good_kernels_and_fails_on_bad_ones(planted, mon
         assert "2 kernels with their constants on sm_90a" in said.out
 
 
+def test_names_come_in_comma_lists_or_one_by_one(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(check_kernels.device, "nvrtc", lambda: None)
+    monkeypatch.setattr(check_kernels, "variants", lambda presets, kernels: asked.append((presets, kernels)) or ["one"])
+    monkeypatch.setattr(check_kernels, "check", lambda found, arches, n: asked.append(arches) or [])
+    for argv in (["--arch", "sm_80,sm_90a", "--preset", "gemma-3-1b", "--kernel", "gemm,rope"],
+                 ["--arch", "sm_80", "sm_90a", "--preset", "gemma-3-1b", "--kernel", "gemm", "rope"]):
+        assert main(argv) == 0
+    assert asked == 2 * [(["gemma-3-1b"], ["gemm", "rope"]), ["sm_80", "sm_90a"]]
+    assert main([]) == 0
+    assert asked[4:] == [(list(PRESETS), None), list(LIMITS)]
+    with pytest.raises(SystemExit):
+        main(["--arch", "sm_80,sm_81"])
+    assert "'sm_81' is none of sm_80" in capsys.readouterr().err
+
+
 def test_a_module_that_is_not_there_is_refused(capsys):
     with pytest.raises(SystemExit):
         main(["--kernel", "attentoin"])

@@ -42,7 +42,8 @@ def test_a_host_calls_each_launch_in_order_and_times_the_whole_list(monkeypatch)
     assert clock.is_real and not clock_of(HostLane("emulated", None, np.float32)).is_real
 
 
-def test_a_gpu_replays_a_graph_of_the_list(gpu, lane):
+def test_a_gpu_replays_a_graph_of_the_list(gpu, lane, monkeypatch):
+    monkeypatch.setattr(clocks, "WARM_S", 0)
     launches, ys = launches_on(lane, 3)
     timed = clock_of(lane).timed(launches, warmups=2)
     assert timed.why_eager == "" and gpu.counts["launches"] == 6        # eagerly once, and once into the graph
@@ -50,6 +51,14 @@ def test_a_gpu_replays_a_graph_of_the_list(gpu, lane):
     assert gpu.counts["replays"] == 2 + 5 and gpu.counts["launches"] == 6
     for y in ys:
         np.testing.assert_array_equal(lane.to_host(y), [0, 2, 4, 6])
+
+
+def test_a_gpu_is_kept_busy_until_its_clocks_are_up(gpu, lane, monkeypatch):
+    monkeypatch.setattr(clocks, "WARM_S", 10)
+    now = iter(range(100))
+    monkeypatch.setattr(clocks.time, "perf_counter", lambda: next(now))     # a replay seems to take a second
+    clock_of(lane).timed(launches_on(lane, 1)[0], warmups=2)
+    assert gpu.counts["replays"] == 2 + 9                              # two in any case, then nine looks at the clock
 
 
 def test_samples_of_two_may_alternate(lane):

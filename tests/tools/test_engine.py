@@ -1,7 +1,9 @@
 """tools/bench.py engine: random weights, seated sequences, the ops of a step, and whole runs on every lane."""
 
+import itertools
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -11,13 +13,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 from measure.cases import parse_case
+from measure.models import kind_of
 from measure.random_weights import RandomCheckpoint, slice_of
 from measure.report import BenchError, Report, load_document, rows_of
-from measure.step.seats import Needs, config_of, open_core, seated, step_of
+from measure.step import engine_case
+from measure.step.seats import WARMUPS, Needs, config_of, open_core, seated, step_of
 from measure.step.timeline import PARTS, Op, attribution, grouped, ops_of, recording
 
 from engine.backend import open_lane
-from engine.cost import Cost, floor
+from engine.cost import Ceilings, Cost, floor, floor_parts
 from engine.models import describe
 from engine.models.presets import PRESETS
 from engine.tasks import Probe
@@ -178,6 +182,9 @@ def test_equal_ops_are_one_group_and_kinds_are_named_where_they_differ():
         ("linear qkv", 0, 3), ("attention decode local", 1, 2), ("add_norm", 2, 2), ("attention decode global", 4, 1),
         ("linear head", 8, 1)]
     assert groups[1].cost == Cost(20, 2, 14)
+    of_two_kinds = [op("linear", "qkv", kind, sizes) for kind, sizes in (
+        ("local", (1,)), ("global", (1,)), ("chunked", (2,)))]
+    assert [group.name for group in grouped(of_two_kinds)] == ["linear qkv", "linear qkv chunked"]
 
 
 def test_a_group_costs_launch_by_launch():
@@ -198,8 +205,10 @@ def test_parts_add_up_to_the_wall_time():
 
 
 @pytest.mark.parametrize("family", ["gemma4", "gemma4-moe", "gemma4-e", "llama4"])
-@pytest.mark.parametrize("text, n_kept", [("decode=3*1@40", None), ("mix=20,3*1@40", 4), ("verify=2*4@30", None)])
-def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(family, text, n_kept):
+@pytest.mark.parametrize("text, n_kept, phase", [
+    ("decode=3*1@40", None, "decode"), ("mix=20,3*1@40", 4, "mixed"), ("mix=3*1@40,20", 4, "mixed"),
+    ("verify=2*4@30", None, "mixed"), ("prefill=2*1", None, "prefill"), ("prefill=2*9", 2, "prefill")])
+def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(family, text, n_kept, phase):
     spec, case = spec_of(family), parse_case(text)
     core, (need,) = core_of(spec, text)
     with seated(core, case.rows, np.random.default_rng(0)) as sequences:
@@ -220,11 +229,40 @@ def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(family, text, n_
     n_dropping = 1 if spec.first_shared is None else len(spec.layers) - spec.first_shared
     assert [one.n_rows for one in ops if one.role.endswith("kept") and one.name == "gated_linear"] == [
         n_kept] * n_dropping * bool(n_kept)
+    n_full = len(spec.layers) - n_dropping * bool(n_kept)
+    assert [one.role for one in ops if one.name == "attention"] == [phase] * n_full + (
+        ["decode kept"] * n_dropping if n_kept else [])
+    attended = sum((one.cost.flops for one in ops if one.name == "attention"), 0)
+    kept = [(n_seqs, 1, context) for n_seqs, _, context in case.rows] if n_kept else case.rows
+    assert attended == sum(floor_parts(replace(spec, layers=layers), rows)["attention"].flops for layers, rows in (
+        (spec.layers[:n_full], case.rows), (spec.layers[n_full:], kept)))
+    if family == "gemma4":
+        assert {one.name for one in ops if one.role.endswith("kept")} == (
+            {"attention", "linear", "add_norm", "gated_linear"} if n_kept else set())
+        n_rows = {(one.name, one.n_rows) for one in ops if one.name in ("embed", "select_rows")}
+        assert n_rows == {("embed", case.n_tokens), ("select_rows", need.n_logits)}
     total = sum((one.cost for one in ops), Cost())
     least = floor(spec, need.rows(), weight_bytes=4, kv_bytes=4)
     assert total.bytes > least.bytes
     if n_kept is None:                                              # else layers drop rows that a floor has
         assert total.flops == least.flops
+
+
+def test_layers_of_pools_that_differ_in_size_alone_are_one_group():
+    core, _ = core_of(spec_of("gemma3"), "decode=3*1@60")
+    assert len({len(pages) for pages in core.kv_cache.k}) == 2
+    with seated(core, [(3, 1, 60)], np.random.default_rng(0)) as sequences:
+        batch = step_of(core, sequences, False)()
+        with recording(core) as calls:
+            core.step.run(batch)
+    names = [group.name for group in grouped(ops_of(calls, core, batch))]
+    assert names.count("qk_norm_rope_cache") == 1 and "attention decode global" in names
+
+
+def test_kinds_of_attention_by_name():
+    attention = spec_of("gemma4").layers[-1].attention
+    assert [kind_of(replace(attention, window=window, chunk=chunk)) for window, chunk in (
+        (None, None), (8, None), (None, 8))] == ["global", "local", "chunked"]
 
 
 # --- whole runs
@@ -254,6 +292,8 @@ def test_a_run_on_the_cpu(bench_json):
 
     found = sections(rows, "decode=2*1@40")
     stats = found["engine", "step"].stats
+    least = floor(spec_of("gemma4"), [(2, 1, 40)], weight_bytes=4, kv_bytes=4)
+    assert stats["floor"].median == least.time_s(Ceilings(1e10, 1e12, "given"))
     assert {"wall", "ops", "host_gap", "rate", "floor", "percent_of_floor", "memory", "tokens"} <= set(stats)
     assert {"tpot", "itl p50", "itl p90", "itl p99", "rate", "floor"} <= set(found["engine", "decode"].stats)
     assert len(found["engine", "decode"].stats["tpot"].samples) == 3
@@ -292,7 +332,8 @@ def test_a_slice_of_a_preset_without_its_ops(bench_json):
     assert document["settings"]["seed"] == 0
 
 
-def test_a_decode_case_on_a_gpu_is_replayed_as_the_graph_pads_it(bench_json, gpu):
+def test_a_decode_case_on_a_gpu_is_replayed_as_the_graph_pads_it(bench_json, gpu, monkeypatch):
+    monkeypatch.setattr(engine_case, "GPU_LAUNCHES", 2)             # each is emulated
     status, _, rows = bench_json(*MODEL, "--lane", "cuda", "-r", "2", "--steps", "2", "--case", "decode=3*1@20",
                                  "--case", "verify=2*2@20", *CEILINGS)
     assert status == 0 and gpu.counts["replays"] > 10
@@ -302,6 +343,35 @@ def test_a_decode_case_on_a_gpu_is_replayed_as_the_graph_pads_it(bench_json, gpu
     assert any("in a cache" in note for note in found["step", "linear qkv"].notes)
     assert not [note for row in rows for note in row.notes if "eager" in note or "one by one" in note]
     assert sections(rows, "verify=2*2@20")["engine", "step"].notes == ("checking drafted tokens is no graph yet",)
+
+
+def test_figures_follow_from_the_times(bench_json, gpu, monkeypatch):
+    """The host's clock goes on by a second each time it is read; the stand-in's launches take a millisecond."""
+    monkeypatch.setattr(engine_case, "GPU_LAUNCHES", 8)                             # two turns of a group of 7
+    monkeypatch.setattr(engine_case, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+    status, _, rows = bench_json(*MODEL, "--lane", "cuda", "-r", "2", "--steps", "4", "--case", "decode=3*1@20",
+                                 "--case", "prefill=2*9", "--max-batch-tokens", "9", *CEILINGS)
+    spec, ceilings = describe(Config.load(Path(MODEL[1]))), Ceilings(1e10, 1e12, "given")
+
+    def floor_s(*row):
+        return floor(spec, [row]).time_s(ceilings)
+    found = sections(rows, "decode=3*1@20")
+    step, decode = found["engine", "step"].stats, found["engine", "decode"].stats
+    gpu_s = (step["n_ops"].median + 2) / 1e3                                        # a draw is three launches
+    assert status == 0 and step["wall"].samples == (1, 1) and step["gpu"].samples == pytest.approx(2 * [gpu_s])
+    assert step["host_gap"].median == pytest.approx(100 * (1 - gpu_s)) and step["rate"].samples == (3, 3)
+    assert step["floor"].median == floor_s(3, 1, 20)
+    assert step["percent_of_floor"].samples == pytest.approx(2 * [100 * floor_s(3, 1, 20)])
+    assert decode["tpot"].samples == (1, 1) and decode["itl p99"].median == 1 and decode["rate"].median == 3
+    assert decode["floor"].median == floor_s(3, 1, 20 + WARMUPS + 2)                # in the middle of the four
+    product = found["step", "linear qkv"]
+    assert product.stats["time"].samples == pytest.approx(2 * [product.shape["n_launches"] / 1e3])
+    assert product.stats["percent_of_roof"].median == pytest.approx(
+        100 * product.stats["floor"].median / product.stats["time"].median)
+    assert product.stats["share"].median == pytest.approx(100 * product.stats["time"].median)
+    prefill = sections(rows, "prefill=2*9")["engine", "prefill"].stats
+    assert prefill["ttft"].samples == (1, 3, 1, 3) and prefill["rate"].samples == (6, 6)     # 9, 1 + 8, 1 + 1 tokens
+    assert prefill["percent_of_floor"].median == pytest.approx(100 * floor_s(2, 9, 9) / 3)
 
 
 # --- profiler ranges
@@ -322,6 +392,12 @@ def test_nvtx_ranges_are_balanced_and_name_steps_layers_and_ops(bench_json, gpu)
     assert {names[1] for names in seen if len(names) == 2} >= {f"layer {i}" for i in range(n_layers)}
     assert seen.count(("step", "layer 1", "attention")) == seen.count(("step",))
     assert any("no graphs" in note for row in rows for note in row.notes)
+
+
+def test_when_everything_was_skipped_it_could_not_run(bench_json, capsys):
+    status, document, rows = bench_json("--preset", "tiny", "--lane", "cpu", "--case", "decode=1*1@500", *CEILINGS)
+    assert status == 2 and not rows and len(document["skipped"]) == 1
+    assert "bench: engine: everything was skipped" in capsys.readouterr().err
 
 
 def test_without_nvtx_it_is_not_imported(bench_json):

@@ -67,8 +67,8 @@ def test_what_does_not_fit_is_a_missed_goal(tmp_path, capsys):
 
 
 def test_a_context_that_the_model_has_not_is_skipped(tmp_path):
-    _, document = run(tmp_path, "--preset", "gemma-3-1b", "--case", "decode=1@{1024,65536}", *H200)
-    assert len(document["rows"]) == 1
+    _, document = run(tmp_path, "--preset", "gemma-3-1b", "--case", "decode=1@{1024,32768,65536}", *H200)
+    assert len(document["rows"]) == 2
     assert document["skipped"] == [{"what": "gemma-3-1b: decode=1@65536",
                                     "why": "the model's max_position_embeddings is 32768"}]
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -11,7 +12,7 @@ from pathlib import Path
 import gpu_report
 import pytest
 from measure.report import BenchError, Report, Row, Stat, check_document, load_document, rows_of
-from measure.runs import parts, watchdog
+from measure.runs import gpu_parts, parts, watchdog
 from measure.runs.gpu_parts import chosen, full_parts, quick_parts, too_large
 from measure.runs.parts import Part, Runner, as_markdown, limit_of, why_incomplete
 from measure.runs.suite import read_junit, read_log, read_suite
@@ -23,7 +24,35 @@ ROOT = Path(__file__).resolve().parents[2]
 
 # --- the watchdog
 
-def run(code, tmp_path, limit_s=20, **options):
+HANG_S = 600            # a limit, and a sleep, that no test waits for: see Hours
+HANGS = f"import time; print('it hangs', flush=True); time.sleep({HANG_S})"
+
+
+class Hours:
+    """The watchdog's clock: two hours on as soon as the log says that its command hangs, and the watchdog has seen it.
+    What hangs is found out at once, and what works may take as long as a busy machine needs."""
+
+    def __init__(self, log):
+        self.log, self.n_seen = log, 0
+
+    def monotonic(self):
+        return time.monotonic() + 7200 * (self.n_seen > 1)
+
+    def sleep(self, seconds):
+        time.sleep(seconds)
+        self.n_seen += any(re.search(r"it hangs|::test_hang ?$", line) for line in watchdog.tail(self.log))
+
+
+@pytest.fixture
+def hours(monkeypatch):
+    """Every command of the watchdog has Hours."""
+    def run(command, limit_s, log, *args, run=watchdog.run, **options):
+        monkeypatch.setattr(watchdog, "time", Hours(log))
+        return run(command, limit_s, log, *args, **options)
+    monkeypatch.setattr(watchdog, "run", run)
+
+
+def run(code, tmp_path, limit_s=HANG_S, **options):
     return watchdog.run([sys.executable, "-c", code], limit_s, tmp_path / "log", **{"grace_s": 0.5, **options})
 
 
@@ -49,37 +78,36 @@ def test_a_command_that_is_not_there_fails(tmp_path):
     assert watchdog.run(["/no/such/program"], 5, tmp_path / "log").status == watchdog.FAILED
 
 
-def test_a_command_past_its_limit_is_asked_to_end_and_may_write(tmp_path):
-    outcome = run("import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('written')", tmp_path,
-                  limit_s=1.2, grace_s=10)
-    assert outcome.status == watchdog.TIMED_OUT and outcome.seconds < 9
-    assert watchdog.tail(tmp_path / "log") == ["written"]
+def test_a_command_past_its_limit_is_asked_to_end_and_may_write(tmp_path, hours):
+    outcome = run(f"try:\n    {HANGS}\nexcept KeyboardInterrupt:\n    print('written')", tmp_path, grace_s=300)
+    assert outcome.status == watchdog.TIMED_OUT and outcome.code == 0
+    assert watchdog.tail(tmp_path / "log") == ["it hangs", "written"]
 
 
 STUBBORN = """
 import signal, subprocess, sys, time
 for number in (signal.SIGINT, signal.SIGTERM):
     signal.signal(number, signal.SIG_IGN)
-print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]).pid, flush=True)
+print(subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]).pid, flush=True)
 time.sleep({seconds})
 """
 
 
-@pytest.mark.parametrize("seconds, status", [(60, watchdog.INTERRUPTED), (0, watchdog.OK)])
+@pytest.mark.parametrize("seconds, status", [(HANG_S, watchdog.INTERRUPTED), (0, watchdog.OK)])
 def test_what_a_command_started_ends_with_it(tmp_path, seconds, status):
     """Also where it ignores every signal that can be ignored, and where its parent has ended by itself."""
     outcome = run(STUBBORN.format(seconds=seconds), tmp_path, grace_s=0.2,
                   is_stopped=lambda: seconds and watchdog.tail(tmp_path / "log"))
-    assert outcome.status == status and outcome.seconds < 10
+    assert outcome.status == status and outcome.seconds < HANG_S
     [child] = map(int, watchdog.tail(tmp_path / "log"))
-    until = time.monotonic() + 5
+    until = time.monotonic() + 60
     while is_alive(child) and time.monotonic() < until:
         time.sleep(0.02)
     assert not is_alive(child)
 
 
 def test_a_command_ends_when_the_report_is_stopped(tmp_path):
-    assert run("import time; time.sleep(60)", tmp_path, is_stopped=lambda: True).status == watchdog.INTERRUPTED
+    assert run(HANGS, tmp_path, is_stopped=lambda: True).status == watchdog.INTERRUPTED
 
 
 # --- limits
@@ -125,26 +153,25 @@ def quick_end(monkeypatch):
     monkeypatch.setattr(watchdog, "run", lambda *args, **options: run(*args, **{"grace_s": 0.5, **options}))
 
 
-def runner(tmp_path, seconds=30.0, **fields):
+def runner(tmp_path, seconds=86400.0, **fields):
     folder = tmp_path / "run"
     folder.mkdir()
     return Runner(Report("gpu_report", {"lane": "cpu"}), folder, time.monotonic() + seconds, (sys.executable,), ROOT,
                   **fields)
 
 
-def test_faulty_parts_lose_nothing_of_the_others(tmp_path, quick_end):
-    began, seen = time.monotonic(), []
-    runs = runner(tmp_path)
+def test_faulty_parts_lose_nothing_of_the_others(tmp_path, quick_end, hours):
+    runs, seen = runner(tmp_path), []
     runs.after_each = lambda: seen.append(len(runs.report.rows))
     good = runs.run([
-        Part("first", script(tmp_path, "first", ""), 1, 10),
-        Part("failing", script(tmp_path, "failing", "sys.exit('it broke')"), 1, 10),
-        Part("silent", ("-c", "raise RuntimeError('nothing measured')"), 1, 10),
-        Part("sleeping", script(tmp_path, "sleeping", "time.sleep(60)"), 0.5, 1.5),
-        Part("stubborn", ("-c", STUBBORN.format(seconds=60)), 0.5, 0.5),
-        Part("large", ("-c", ""), 1, 10, why_not="it does not fit"),
-        Part("last", script(tmp_path, "last", ""), 1, 10)])
-    assert not good and time.monotonic() - began < 25
+        Part("first", script(tmp_path, "first", ""), 1, 100),
+        Part("failing", script(tmp_path, "failing", "sys.exit('it broke')"), 1, 100),
+        Part("silent", ("-c", "raise RuntimeError('nothing measured')"), 1, 100),
+        Part("sleeping", script(tmp_path, "sleeping", HANGS), 1, HANG_S),
+        Part("stubborn", ("-c", f"print('it hangs', flush=True){STUBBORN.format(seconds=HANG_S)}"), 1, HANG_S),
+        Part("large", ("-c", ""), 1, 100, why_not="it does not fit"),
+        Part("last", script(tmp_path, "last", ""), 1, 100)])
+    assert not good
     report = runs.report
     assert [row.name for row in report.rows] == ["first", "failing", "sleeping", "last"]
     assert {one["name"]: one["status"] for one in report.facts["parts"]} == {
@@ -157,13 +184,13 @@ def test_faulty_parts_lose_nothing_of_the_others(tmp_path, quick_end):
     assert {"what": "last: something", "why": "a reason"} in report.skipped
     assert seen == [1, 2, 2, 3, 3, 4]                                # after each there is a report to write
     assert why_incomplete(report) == ("silent failed (exit status 1: RuntimeError: nothing measured); "
-                                      "stubborn timed out (not done after 0.5 s)")
+                                      f"stubborn timed out (not done after {HANG_S} s)")
 
 
 def test_the_markdown_of_a_faulty_run_shows_tables_and_logs(tmp_path, quick_end):
     runs = runner(tmp_path)
-    runs.run([Part("good", script(tmp_path, "good", ""), 1, 10),
-              Part("bad", script(tmp_path, "bad", "sys.exit('it | broke')"), 1, 10)])
+    runs.run([Part("good", script(tmp_path, "good", ""), 1, 100),
+              Part("bad", script(tmp_path, "bad", "sys.exit('it | broke')"), 1, 100)])
     text = as_markdown(runs.report.as_dict())
     assert "| good | ok |" in text and "| bad | failed |" in text
     assert "### bad: the end of its log" in text and "it | broke" in text and "### good: the end" not in text
@@ -171,24 +198,25 @@ def test_the_markdown_of_a_faulty_run_shows_tables_and_logs(tmp_path, quick_end)
 
 
 def test_time_that_is_short_shortens_and_skips_parts(tmp_path, quick_end):
-    runs = runner(tmp_path, seconds=10)
-    runs.run([Part("shortened", script(tmp_path, "shortened", ""), 1, 60, full_s=50, short=("--repeats", "1")),
-              Part("whole", script(tmp_path, "whole", ""), 1, 60, full_s=2, short=("--repeats", "1")),
-              Part("skipped", script(tmp_path, "skipped", ""), 30, 60)])
+    runs = runner(tmp_path, seconds=300)
+    runs.run([Part("shortened", script(tmp_path, "shortened", ""), 1, 600, full_s=500, short=("--repeats", "1")),
+              Part("whole", script(tmp_path, "whole", ""), 1, 600, full_s=2, short=("--repeats", "1")),
+              Part("skipped", script(tmp_path, "skipped", ""), 400, 600)])
     logs = {name: (runs.folder / f"{name}.log").read_text().split() for name in ("shortened", "whole")}
     assert logs == {"shortened": ["begun", "--repeats", "1"], "whole": ["begun"]}
     why = {one["what"]: one["why"] for one in runs.report.skipped}
-    assert "all of it takes 50 s; run with --repeats 1" in why["some of shortened"]
-    assert "it needs 30 s" in why["skipped"] and "some of whole" not in why
+    assert "all of it takes 500 s; run with --repeats 1" in why["some of shortened"]
+    assert "it needs 400 s" in why["skipped"] and "some of whole" not in why
 
 
 def test_the_first_ceilings_go_to_the_parts_behind(tmp_path, quick_end):
     ceilings = {"bytes_per_s": 1e9, "flops_per_s": 2e9, "source": "measured"}
     runs = runner(tmp_path)
     show = ("-c", "import sys; print(sys.argv[1:])", "{ceilings}", "{scratch}")
-    runs.run([Part("before", show, 1, 10), Part("ceilings", script(tmp_path, "ceilings", "", ceilings=ceilings), 1, 10),
-              Part("other", script(tmp_path, "other", "", ceilings={**ceilings, "source": "again"}), 1, 10),
-              Part("after", show, 1, 10)])
+    runs.run([Part("before", show, 1, 100),
+              Part("ceilings", script(tmp_path, "ceilings", "", ceilings=ceilings), 1, 100),
+              Part("other", script(tmp_path, "other", "", ceilings={**ceilings, "source": "again"}), 1, 100),
+              Part("after", show, 1, 100)])
     assert runs.report.facts["ceilings"] == ceilings
     scratch = str(runs.folder / "scratch")
     assert (runs.folder / "before.log").read_text().strip() == str([scratch])
@@ -198,15 +226,15 @@ def test_the_first_ceilings_go_to_the_parts_behind(tmp_path, quick_end):
 
 def test_facts_of_parts_are_joined(tmp_path, quick_end):
     runs = runner(tmp_path)
-    runs.run([Part("a", script(tmp_path, "a", "", models={"x": 1}, list=[1], one=1), 1, 10),
-              Part("b", script(tmp_path, "b", "", models={"y": 2}, list=[2], one=2), 1, 10)])
+    runs.run([Part("a", script(tmp_path, "a", "", models={"x": 1}, list=[1], one=1), 1, 100),
+              Part("b", script(tmp_path, "b", "", models={"y": 2}, list=[2], one=2), 1, 100)])
     facts = runs.report.facts
     assert (facts["models"], facts["list"], facts["one"], facts["one of b"]) == ({"x": 1, "y": 2}, [1, 2], 1, 2)
 
 
 def test_a_broken_document_is_said(tmp_path, quick_end):
     runs = runner(tmp_path)
-    assert not runs.run([Part("broken", ("-c", "import sys; open(sys.argv[1], 'w').write('{')", "{out}"), 1, 10)])
+    assert not runs.run([Part("broken", ("-c", "import sys; open(sys.argv[1], 'w').write('{')", "{out}"), 1, 100)])
     [skipped] = runs.report.skipped
     assert skipped["what"] == "broken" and "no JSON" in skipped["why"]
 
@@ -214,7 +242,7 @@ def test_a_broken_document_is_said(tmp_path, quick_end):
 def test_an_interrupted_run_keeps_what_it_has(tmp_path, quick_end):
     runs = runner(tmp_path)
     runs.is_stopped = lambda: bool(runs.report.rows)
-    runs.run([Part(name, script(tmp_path, name, ""), 1, 10) for name in ("first", "second")])
+    runs.run([Part(name, script(tmp_path, name, ""), 1, 100) for name in ("first", "second")])
     assert [row.name for row in runs.report.rows] == ["first"]
     assert {"what": "second", "why": "interrupted before it"} in runs.report.skipped
 
@@ -239,7 +267,7 @@ def suite_part(tmp_path, rest="", **fields):
     file.write_text(SUITE.format(rest=rest))
     (tmp_path / "conftest.py").write_text("def pytest_addoption(parser): parser.addoption('--lane')")
     return Part("tests", ("-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", f"--rootdir={tmp_path}",
-                          "-c", os.devnull, "--junit-xml", "{out}", "--lane", "cuda", str(file)), 1, 20, suite=True,
+                          "-c", os.devnull, "--junit-xml", "{out}", "--lane", "cuda", str(file)), 1, 36000, suite=True,
                 **fields)
 
 
@@ -257,14 +285,14 @@ def test_a_suite_that_ends_is_counted_and_its_failures_named(tmp_path, quick_end
     assert "one is not two" in as_markdown(runs.report.as_dict())
 
 
-def test_a_test_that_hangs_is_named_and_the_others_count(tmp_path, quick_end):
+def test_a_test_that_hangs_is_named_and_the_others_count(tmp_path, quick_end, hours):
     runs = runner(tmp_path)
-    assert not runs.run([suite_part(tmp_path, "def test_hang(): time.sleep(60)", stall_s=2.0)])
+    assert not runs.run([suite_part(tmp_path, f"def test_hang(): time.sleep({HANG_S})", stall_s=HANG_S)])
     [row] = runs.report.rows
     assert {name: row.stats[name].median for name in ("passed", "failed", "errors", "skipped", "not passed")} == {
         "passed": 1, "failed": 1, "errors": 1, "skipped": 1, "not passed": 3}
     assert row.notes[-1].startswith("the run did not end; it was in ") and row.notes[-1].endswith("::test_hang")
-    assert why_incomplete(runs.report) == "tests stalled (printed nothing for 2 s)"
+    assert why_incomplete(runs.report) == f"tests stalled (printed nothing for {HANG_S} s)"
 
 
 def test_logs_are_read_where_there_is_no_junit_file(tmp_path):
@@ -281,6 +309,37 @@ def test_logs_are_read_where_there_is_no_junit_file(tmp_path):
     with pytest.raises(OSError):
         read_junit(tmp_path / "nothing")
     assert read_log(tmp_path / "nothing").ended == "the run did not end"
+
+
+def test_logs_of_tests_side_by_side(tmp_path):
+    """As pytest-xdist writes them: a test's outcome comes with its name, behind others' beginnings."""
+    log = tmp_path / "log"
+    log.write_text("===== test session starts =====\n8 workers [5 items]\ntests/test_a.py::test_one[a b] \n"
+                   "tests/test_b.py::test_two \n[gw1] [ 20%] FAILED tests/test_b.py::test_two \n"
+                   "tests/test_b.py::test_three \n[gw0] [ 40%] PASSED tests/test_a.py::test_one[a b] \n"
+                   "tests/test_a.py::test_four \n[gw1] [ 60%] SKIPPED tests/test_b.py::test_three \n"
+                   "tests/test_b.py::test_five \n!!!!!! KeyboardInterrupt !!!!!!\n")
+    suite = read_log(log)
+    assert suite.counts == {"passed": 1, "failed": 1, "errors": 0, "skipped": 1}
+    assert suite.failures == (("tests/test_b.py::test_two", ()),)
+    assert suite.ended == "the run did not end; it was in tests/test_a.py::test_four, tests/test_b.py::test_five"
+
+
+@pytest.mark.parametrize("has_xdist", [True, False])
+def test_test_files_run_side_by_side_where_they_can(monkeypatch, tmp_path, quick_end, has_xdist):
+    """With few BLAS threads each."""
+    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: name if has_xdist else None)
+    found = {one.name: one for one in full_parts("cuda", 1 << 40) if one.suite}
+    assert list(found) == ["tests-kernels", "tests-engine", "tests-others"]
+    assert [name for name, one in found.items() if "-n" in one.argv or one.env] == (
+        ["tests-kernels", "tests-others"] if has_xdist else [])
+    env = found["tests-others"].env
+    show = Part("show", ("-c", "import os; print(os.environ.get('OPENBLAS_NUM_THREADS'), os.environ['PATH'])"), 1, 60,
+                env=env)
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    runs = runner(tmp_path)
+    runs.run([show])
+    assert (runs.folder / "show.log").read_text().split()[0] == ("2" if has_xdist else "None")
 
 
 # --- what a report consists of
@@ -309,7 +368,8 @@ def test_every_command_is_one_that_bench_takes(of, tmp_path):
 
 def test_parts_are_chosen_by_name_or_by_what_it_begins_with():
     names = lambda *choice: [one.name for one in chosen(full_parts("cuda", 1 << 40), *choice)]      # noqa: E731
-    assert names(["kernels", "serve"], []) == ["kernels-31b", "kernels-1b", "serve"]
+    assert names(["kernels", "serve"], []) == [
+        "kernels-31b-products", "kernels-31b-attention", "kernels-31b-others", "kernels-1b", "serve"]
     assert "engine-1b" not in names([], ["engine"]) and "ceilings" in names([], ["engine"])
     with pytest.raises(BenchError, match="no part 'kernel', expected some of ceilings, tests-kernels"):
         names(["kernel"], [])
@@ -366,8 +426,8 @@ def test_the_command_end_to_end_on_the_cpu_lane(tmp_path, capsys):
 def test_a_stopped_command_still_writes(tmp_path):
     """SIGTERM while a part sleeps: the report of what came before is there, and nothing keeps running."""
     code = ("import sys, gpu_report\nfrom measure.runs.parts import Part\n"
-            f"first = Part('first', {script(tmp_path, 'first', '')!r}, 1, 20)\n"
-            "sleeping = Part('sleeping', ('-c', 'import time; print(1, flush=True); time.sleep(60)'), 1, 60)\n"
+            f"first = Part('first', {script(tmp_path, 'first', '')!r}, 1, 100)\n"
+            "sleeping = Part('sleeping', ('-c', 'import time; print(1, flush=True); time.sleep(600)'), 1, 600)\n"
             "gpu_report.quick_parts = lambda lane: [first, sleeping]\n"
             f"sys.exit(gpu_report.main(['--lane', 'cpu', '--quick', '--out', {str(tmp_path / 'out')!r}]))")
     with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT / "tools", stdout=subprocess.DEVNULL,
@@ -377,7 +437,7 @@ def test_a_stopped_command_still_writes(tmp_path):
                 break
         process.send_signal(signal.SIGTERM)
         process.stderr.read()
-        assert process.wait(20) == 1
+        assert process.wait(60) == 1
     [path] = (tmp_path / "out").glob("*.json")
     found = load_document(path)
     check_document(found)

@@ -68,13 +68,25 @@ def test_one_shape_is_one_case():
     assert labels == ["qkv local", "o local", "qkv global", "o global", "down", "head"]
 
 
+def test_shapes_are_the_models():
+    """Gemma 4 31B, from its card: hidden 5376, 32 heads, 16 KV heads of 256 or 4 of 512 whose v is k."""
+    shapes = {case.name: case.sizes for case in cases_of(["gemma-4-31b"], [1], [1024], [1])}
+    products = {name: tuple(sizes.values())[1:] for name, sizes in shapes.items() if "linear" in name}
+    assert products == {
+        "linear qkv local": (5376, 16384), "linear o local": (8192, 5376), "linear qkv global": (5376, 18432),
+        "linear o global": (16384, 5376), "linear down": (21504, 5376), "linear head": (5376, 262144, "float32"),
+        "gated_linear": (5376, 21504)}
+    assert shapes["embed"] == {"n_tokens": 1, "vocab": 262144, "hidden": 5376}
+    assert shapes["attention decode global"]["head_dim"] == 512 and shapes["qk_norm_rope_cache global"]["v_is_k"]
+
+
 def test_prompts_are_longer_than_decode_steps():
     cases = cases_of(["gemma-3-1b"], [8, 512], [1024, 2048], [1, 8], ["attention"])
     assert [(case.label, case.sizes["rows"]) for case in cases if "local" in case.label] == [
         ("prefill local", [(1, 512, 512)]), *(("decode local", [(n, 1, context)])
                                               for n in (1, 8) for context in (1024, 2048))]
     assert cases[0].shape == {"preset": "gemma-3-1b", "n_tokens": 512,
-                              "size": "1*512@512, 4 and 1 heads of 256, window 512"}
+                              "size": "1*512@512, 4 query and 1 KV heads of 256, window 512"}
 
 
 def test_an_op_that_is_none():
@@ -153,6 +165,18 @@ def test_values_that_nobody_wrote_are_seen_where_nobody_looks(lane):
         prepared.check()
 
 
+@pytest.mark.parametrize("op", ["add_norm", "logit_softcap", "apply_edits"])
+def test_what_is_updated_in_place_stays_a_number_however_often(lane, tiny_preset, op):
+    """Timing repeats a launch thousands of times on the same arrays."""
+    prepared = tiny_cases(tiny_preset, [op])[0].prepare(lane, np.random.default_rng(5))
+    for _ in range(3000):
+        prepared.launches[0]()
+    array = next(iter(prepared.sets[0].values()))
+    assert not np.isnan(array.astype(np.float32)).any()
+    if op == "add_norm":
+        assert np.abs(array.astype(np.float32)).max() < 1e4     # bfloat16 stops growing where a branch is below its ulp
+
+
 def test_the_cpu_lane_runs_every_op(tiny_preset):
     lane = open_lane("cpu", "auto")
     for case in tiny_cases(tiny_preset):
@@ -187,6 +211,9 @@ def test_sets_for_a_cold_launch(lane):
     for n_bytes, n_sets in ((LARGE_BYTES, 1), (LARGE_BYTES - 1, 3), (COLD_BYTES / 10, 10)):
         small.cost = replace(small.cost, bytes=n_bytes)
         assert small.n_cold_sets() == n_sets
+    for n_bytes, is_cold in ((LARGE_BYTES, True), (COLD_BYTES, True), (COLD_BYTES - 1, False)):
+        small.cost = replace(small.cost, bytes=n_bytes)     # there is one set
+        assert small.is_cold == is_cold
     small.cost = replace(small.cost, bytes=COLD_BYTES / 10)
     small.lane = SimpleNamespace(memory_bytes=lambda: 5 * small.set_bytes)
     assert small.n_cold_sets() == 5                         # the one it has, and four in 80 % of what is free

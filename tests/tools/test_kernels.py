@@ -2,6 +2,8 @@
 
 import json
 from argparse import Namespace
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import bench
 import ml_dtypes
@@ -97,6 +99,17 @@ def test_what_has_no_room_is_skipped(tiny_preset, monkeypatch, gpu):
     assert "no room left" in report.skipped[0]["why"]
 
 
+def test_a_fault_ends_the_run_and_says_at_which_case(tiny_preset, monkeypatch):
+    def fault(*_):
+        raise RuntimeError("illegal memory access")
+    monkeypatch.setattr(kernels, "measured", fault)
+    report = Report()
+    with pytest.raises(RuntimeError, match="illegal"):
+        kernels.run(arguments(op=["rms_norm"], n_tokens=[1]), report)
+    assert report.skipped == [{"what": "tiny rms_norm (preset=tiny, n_tokens=1, size=32)",
+                               "why": "RuntimeError: illegal memory access"}]
+
+
 def test_short_kernels_are_timed_many_at_a_time(tiny_preset, monkeypatch, gpu):
     lane = CudaLane(0, ops, BF16)
     monkeypatch.setattr(kernels, "open_lane", lambda *_: lane)
@@ -149,6 +162,7 @@ def test_traffic_is_counted_and_held(tiny_preset, monkeypatch):
                           "linear head", "rms_norm", "embed"]
     norm = {name: stat.median for name, stat in rows["rms_norm"].stats.items()}
     assert norm["cost"] == norm["distinct"] == 2 * (2 * 5 + 1) * 32 and norm["moved / cost"] == 1
+    assert norm["distinct / cost"] == 1
     assert norm["small rereads"] == 4 * 2 * 32              # five rows read the weight
     assert all(row.is_met for row in rows.values())
     monkeypatch.setattr(traffic, "SLACK", 0.9)
@@ -163,6 +177,10 @@ def test_what_may_move_more_says_why():
     cost = 2 * 5376 * (256 + 64)
     most, notes = bound("linear", cost, n_tokens=64, n_in=5376, n_out=256)      # two tiles of 128 rows
     assert most == pytest.approx(1.1 * (cost + 2 * 64 * 5376) / cost) and "anew" in notes[0]
+    assert bound("linear", cost, n_tokens=16, n_in=2048, n_out=256)[1]           # x is 64 KB, which no longer stays
+    assert bound("linear", cost, n_tokens=15, n_in=2048, n_out=256) == (1.1, [])
+    twice, _ = bound("gated_linear", cost, n_tokens=64, n_in=5376, intermediate=128)        # as many rows
+    assert twice == most
     routed = {"n_tokens": 4, "n_experts": 16, "experts_per_token": 2, "in_out": False, "n_in": 64, "n_out": 128}
     again = {"moe_linear": 8, "moe_gated_linear": 3 * 8 + 4}        # rows of x, by two tiles of 64 rows and by four
     for op, extra in (("moe_linear", {}), ("moe_gated_linear", {"by_pair": False})):
@@ -174,9 +192,24 @@ def test_what_may_move_more_says_why():
         assert most is None and notes
 
 
+def test_bank_conflicts_are_a_goal_missed_but_for_bins(monkeypatch):
+    launch = SimpleNamespace(traffic=SimpleNamespace(distinct_bytes=100, moved_bytes=100, small_reread_bytes=0,
+                                                     bank_conflicts=3))
+    prepared = SimpleNamespace(cost=Cost(100), check=lambda: 0.0)
+    monkeypatch.setattr(KernelCase, "prepare", lambda *_: prepared)
+    monkeypatch.setattr(traffic.host, "checking", lambda: nullcontext([launch]))
+    data = SimpleNamespace(rng=None)
+    cases = cases_of(["gemma-4-31b"], [1], [1024], [1], ["rms_norm", "top_logprobs"])
+    norm, tops = (traffic.counted(case, None, data)[0] for case in cases)
+    assert norm.goal == Goal("bank conflicts", at_most=0) and norm.is_met is False and tops.goal is None
+    launch.traffic.bank_conflicts = 0
+    assert traffic.counted(cases[0], None, data)[0].goal == Goal("moved / cost", at_most=1.1)
+
+
 def test_slices_keep_rows_whole():
     for case in traffic.sliced(cases_of(["gemma-4-31b"], [1, 64], [1024], [1])):
         s = case.sizes
+        assert s.get("n_out", 0) <= 256 and (case.op != "qk_norm_rope_cache" or s["n_tokens"] in (1, 32))
         assert s.get("n_in", 5376) in (5376, 8192, 16384, 21504) and s.get("hidden", 5376) == 5376
         assert s.get("head_dim", 256) in (256, 512) and s.get("n_kv_heads", 0) <= 4
         if case.op == "attention":

@@ -221,9 +221,18 @@ def test_ratio_bars_begin_at_one(value, begin, size):
 @pytest.mark.parametrize(("ratios", "sizes"), [([2.0, 8.0, 0.5], [50 / 3, 50, 50 / 3]), ([1.1, 1.0], [6.88, 0]),
                                                ([100.0, 10.0], [50, 50])])
 def test_ratio_bars_of_a_table_share_a_scale_of_2_to_10_each_way(ratios, sizes):
-    rows = [Row("against", "linear", {"peer": str(i)}, {"ratio": Stat("x", value)}) for i, value in enumerate(ratios)]
+    rows = [Row("against", "linear", {"peer": str(i)}, {"ratio": Stat("x", value, "higher")})
+            for i, value in enumerate(ratios)]
     rects = section(html(document(rows)), "against").iter("rect")
     assert [float(rect.get("width").rstrip("%")) for rect in rects] == pytest.approx(sizes, abs=0.01)
+
+
+def test_a_ratio_with_no_better_side_and_no_goal_has_no_bar():
+    def n_bars(stat, goal=None):
+        row = Row("traffic", "linear", {}, {"ratio": stat}, (), goal)
+        return len(list(section(html(document([row])), "traffic").iter("rect")))
+    assert n_bars(Stat("x", 1.2)) == 0
+    assert n_bars(Stat("x", 1.2, "lower")) == n_bars(Stat("x", 1.2), Goal("ratio", at_most=2)) == 1
 
 
 def test_a_peer_that_is_ahead_is_red_and_so_is_a_goal_missed():

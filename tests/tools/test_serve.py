@@ -179,7 +179,7 @@ def values(stats):
 
 def test_the_steady_state_is_from_the_first_end_to_the_last_arrival():
     window = steady_window(steady_trace())
-    assert (window.begin_s, window.end_s, window.why_all) == (1.0, 19.0, "")
+    assert (window.begin_s, window.end_s, window.note) == (1.0, 19.0, "")
 
 
 def test_figures_of_a_steady_state():
@@ -211,19 +211,57 @@ def test_goodput_leaves_out_the_one_that_was_late():
     assert found["ttft p99"] > 0.5 == found["ttft p50"]
 
 
+def test_latencies_are_of_the_window_alone():
+    """What the first request waited for is before it, what the last one did is after it."""
+    played = steady_trace()
+    played.served[0].token_s[:] = [0.95, 0.96, 1.0]
+    played.served[-1].token_s[:] = [19.9, 29.0, 99.0]
+    stats, window = stats_of(played, 0.5, 0.25)
+    found = values(stats)
+    assert (window.begin_s, window.end_s) == (1.0, 19.0)
+    assert found["itl p99"] < 0.3 and found["ttft p50"] == 0.5 and found["ttft p99"] > 0.8
+    played.served[0].sent_s, played.served[0].token_s[0] = -9.0, 0.5
+    assert values(stats_of(played, 0.5, 0.25)[0])["ttft p99"] < 1               # it arrived before
+    assert stats["busy"][1:] == ("%", "")
+
+
+def test_a_steady_state_has_arrivals_and_ends():
+    played = steady_trace(30)
+    for served in played.served[1:]:
+        served.token_s = [40 + at for at in served.token_s]                     # they arrive in it, none ends in it
+    assert "29 requests arrive and 1 end" in steady_window(played).note
+
+
+def test_a_trace_without_time_says_nothing():
+    with pytest.raises(BenchError, match="the trace took no time"):
+        stats_of(Played([Served(request(0.0, 1), 0.0, [0.0])], [], 0), 1.0, 1.0)
+
+
 def test_without_a_steady_state_the_whole_trace_counts_and_that_is_said():
     served = [Served(request(0.0, 2), 0.0, [1.0, 1.0 + i]) for i in range(1, 5)]
     stats, window = stats_of(Played(served, [Ran(0.0, 5.0, 4)], 0), 2.0, 2.0)
     assert (window.begin_s, window.end_s) == (0.0, 5.0)
-    assert "no steady state: 0 requests arrive and 0 end" in window.why_all
+    assert "no steady state: 0 requests arrive and 0 end" in window.note
     assert values(stats)["output"] == pytest.approx(8 / 5)
     assert values(stats)["requests"] == pytest.approx(4 / 5)
     assert values(stats)["goodput"] == pytest.approx(2 / 5)          # the others take 3 and 4 s a token
 
 
 def test_few_requests_are_no_steady_state():
-    assert steady_window(steady_trace(LEAST_STEADY + 1)).why_all == ""
-    assert "no steady state" in steady_window(steady_trace(LEAST_STEADY)).why_all
+    assert steady_window(steady_trace(LEAST_STEADY + 1)).note == ""
+    assert "no steady state" in steady_window(steady_trace(LEAST_STEADY)).note
+
+
+@pytest.mark.parametrize("n_end, is_steady", [(24, True), (23, False)])
+def test_load_that_builds_up_is_no_steady_state_and_that_is_said(n_end, is_steady):
+    """30 requests arrive from the first end, at 1.0, to the last arrival, at 30.0."""
+    played = steady_trace(31)
+    for served in played.served[n_end:]:
+        served.token_s = [99.0 + at for at in served.token_s]
+    window = steady_window(played)
+    assert (window.begin_s, window.end_s) == (1.0, 30.0)
+    assert window.note == ("" if is_steady else "not steady: 23 requests end while 30 arrive, so more and more wait, "
+                           "and latencies grow with the length of the trace")
 
 
 def test_requests_of_one_token_have_no_time_per_token():

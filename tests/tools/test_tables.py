@@ -24,7 +24,8 @@ def fill(report):
                        {"time": Stat("s", (1 * scale, 2 * scale, 3 * scale), "lower"),
                         "bytes": Stat("bytes", 1.5e6 * n), "roof": Stat("%", (81.25,), "higher")},
                        ("cold L2",), Goal("time", at_most=5e-5)))
-    report.add(Row("kernels", "a|b", {"lane": "cpu", "n_tokens": 8}, {"launches": Stat("1", 1234567)}))
+    report.add(Row("kernels", "a|b", {"lane": "cpu", "n_tokens": 8}, {
+        "bytes": Stat("bytes", 12e6), "roof": Stat("%", 50.0), "launches": Stat("1", 1234567)}))
     report.add(Row("ceilings", "copy", {}, {"rate": Stat("bytes/s", 4.3e12, "higher")}, ("read and written",)))
     report.add(Row("ceilings", "product", {}, {"rate": Stat("flop/s", 790e12, "higher")}))
     report.skip("triton", "no MoE op yet")
@@ -41,7 +42,7 @@ kernels: lane cpu
 name    n_tokens  graphs  time ms        p10..p90  bytes MB  roof %  launches             goal
 linear         1     yes   0.0200  0.0120..0.0280      1.50    81.2            time <= 50.0 us  pass
 linear        64             2.00      1.20..2.80      96.0    81.2            time <= 50.0 us  MISS
-a|b            8                                                      1234567
+a|b            8                                       12.0    50.0   1234567
   linear (n_tokens 1, graphs yes); linear (n_tokens 64): cold L2
 
 skipped
@@ -64,7 +65,7 @@ lane cpu
 |:--|--:|--:|--:|--:|--:|--:|--:|--:|--:|
 | linear | 1 | yes | 0.0200 | 0.0120..0.0280 | 1.50 | 81.2 |  | time <= 50.0 us | pass |
 | linear | 64 |  | 2.00 | 1.20..2.80 | 96.0 | 81.2 |  | time <= 50.0 us | MISS |
-| a\\|b | 8 |  |  |  |  |  | 1234567 |  |  |
+| a\\|b | 8 |  |  |  | 12.0 | 50.0 | 1234567 |  |  |
 
 - linear (n_tokens 1, graphs yes); linear (n_tokens 64): cold L2
 
@@ -93,9 +94,11 @@ def test_an_incomplete_run_says_so_first(report):
     assert tables.markdown(report).startswith("**Incomplete: interrupted**\n\n- command: ")
 
 
-@pytest.mark.parametrize("load, is_said", [(0.2, False), (2.2, True)])
-def test_a_busy_machine_is_said(report, load, is_said):
-    report._load_before = load
+@pytest.mark.parametrize("before, after, is_said", [(0.2, 0.2, False), (2.2, 0.2, True),
+                                                    (0.2, 2.4, False), (0.2, 2.6, True)])      # two cores are our own
+def test_a_busy_machine_is_said(report, monkeypatch, before, after, is_said):
+    report._load_before = before
+    monkeypatch.setattr(machine, "load_average", lambda: after)
     assert ("other work was running" in tables.text(report)) == is_said
 
 
@@ -128,13 +131,57 @@ def test_a_column_has_one_scale():
     assert tables.scale_of([2e-6, 3e-3, 4e-3], "s") == ("ms", 1e-3)
     assert tables.scale_of([2e-6, 3e-6, 4e-3], "s") == ("us", 1e-6)
     assert tables.scale_of([1e9, 2e9, 1.8e15], "flop") == ("TFLOP", 1e12)     # not 1800000 GFLOP
+    assert tables.scale_of([1e-6, 2e-6, 0.5], "s") == ("us", 1e-6)             # one that is large changes nothing
     assert tables.scale_of([], "s") == ("us", 1e-6)
+
+
+def test_percentiles_of_one_quantity_have_one_scale():
+    row = Row("serve", "a", {}, {"ttft p50": Stat("s", 0.6), "ttft p90": Stat("s", 0.9), "ttft p99": Stat("s", 1.03),
+                                 "window": Stat("s", 2.5)})
+    assert tables.section_table([row])[1:] == (["name", "ttft p50 ms", "ttft p90 ms", "ttft p99 ms", "window s"],
+                                               [["a", "600", "900", "1030", "2.50"]])
+
+
+def test_rows_with_little_in_common_have_tables_of_their_own(report):
+    def row(name, *stats, n=0):
+        return Row("engine", name, {"lane": "cpu", "n": n}, {stat: Stat("1", 1) for stat in stats})
+    rows = [row("step"), row("step", "wall", "gpu", "rate", n=1), row("decode", "tpot", "itl", "rate", n=2),
+            row("decode", "tpot", "itl", "rate", n=3), row("part", "wall", n=4), row("half", "wall", "gpu", "x", n=5)]
+    first, second = tables.alike(rows)
+    assert [one.shape["n"] for one in first] == [0, 1, 4, 5] and [one.shape["n"] for one in second] == [2, 3]
+    for one in rows:
+        report.add(one)
+    text = tables.text(report)
+    assert "engine: lane cpu\nname  n  wall  gpu  rate  x\n" in text
+    assert "\n\nengine, decode: lane cpu\nname    n  tpot  itl  rate\ndecode  2     1    1     1\n" in text
+
+
+def test_units_that_differ_stand_beside_the_figures_each_with_its_scale():
+    rows = [Row("kernels", name, {}, {"rate": stat}) for name, stat in (
+        ("read", Stat("bytes/s", 5e6)), ("multiply", Stat("flop/s", 3e12)), ("again", Stat("flop/s", 5e12)))]
+    assert tables.section_table(rows)[1:] == (["name", "rate"], [["read", "5.00 MB/s"], ["multiply", "3.00 TFLOP/s"],
+                                                                 ["again", "5.00 TFLOP/s"]])
+
+
+def test_sizes_in_words():
+    assert tables.shape_words({"a": True, "b": False, "c": None, "d": 0.5, "e": 4.0, "f": 3}) == (
+        "a yes, b no, d 0.5, e 4, f 3")
+    rows = [Row("kernels", "a", {"n": value, "same": 1}, {}) for value in (1, True)]
+    assert tables.constant_shape(rows) == {"same": 1}                               # 1 == True, and reads otherwise
+
+
+def test_goals_in_words():
+    row = Row("kernels", "a", {}, {"roof": Stat("%", 80.0)}, goal=Goal("roof", at_least=90))
+    assert tables.goal_text(row) == ("roof >= 90.0 %", "MISS")
 
 
 def test_a_note_of_every_row_is_said_once(report):
     rows = [Row("kernels", "linear", {"n": n}, {"time": Stat("s", 1)}, ("cold", *(["own"] if n > 1 else [])))
             for n in range(6)]
     assert tables.notes_of(rows) == ["cold", "4 rows: own"]
+    assert tables.notes_of(rows[:4]) == ["cold", "linear (n 2); linear (n 3): own"]
+    assert tables.notes_of(rows[2:5]) == ["cold", "own"] and tables.notes_of(rows[:1]) == ["linear: cold"]
+    assert tables.notes_of(rows[1:5]) == ["cold", "linear (n 2); linear (n 3); linear (n 4): own"]
 
 
 def test_columns_line_up():

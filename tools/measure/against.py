@@ -8,12 +8,11 @@ Kernel peers: torch (cuBLAS, F.rms_norm), compiled (torch.compile), sdpa, flex, 
 peers: a torch model on our own weights, compiled or not. A peer whose output differs is reported and not timed.
 """
 
-import getpass
-import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from measure.cases import int_list, parse_cases, whole
+from measure.cases import int_list, one_of, parse_cases, whole
+from measure.checkpoint_files import FOLDER
 from measure.models import add_model_arguments
 from measure.peer.checkpoints import SHAPES
 from measure.report import BenchError
@@ -23,17 +22,6 @@ PRESETS = ("gemma-3-1b",)
 CASES = ("decode=1*1@1024", "decode=8*1@1024", "prefill=2048")
 
 
-def one_of(*known):
-    """An argparse type: a comma list of some of `known`."""
-    def parse(text):
-        names = text.split(",")
-        for name in names:
-            if name not in known:
-                raise BenchError(f"{name!r} is none of {','.join(known)}")
-        return names
-    return parse
-
-
 def add_arguments(parser):
     parser.add_argument("--peer", type=one_of(*PEERS), metavar="A,B", help="of " + ", ".join(PEERS)
                         + " (default: transformers on cpu, elsewhere all)")
@@ -41,21 +29,21 @@ def add_arguments(parser):
                         help="kernels of these ops only (default: all, unless --case is given)")
     parser.add_argument("--case", type=parse_cases, action="extend", metavar="CASE",
                         help="whole models at this case; repeatable (default: a few, unless --op is given)")
-    parser.add_argument("--n-tokens", type=int_list, default=[1, 64, 4096], metavar="LIST", help="of a kernel's step")
-    parser.add_argument("--context", type=int_list, default=[1024], metavar="LIST", help="of decode attention")
-    parser.add_argument("--batch", type=int_list, default=[1, 8], metavar="LIST", help="sequences that decode at once")
+    parser.add_argument("--n-tokens", type=int_list, default="1,64,4096", metavar="LIST", help="of a kernel's step")
+    parser.add_argument("--context", type=int_list, default="1024", metavar="LIST", help="of decode attention")
+    parser.add_argument("--batch", type=int_list, default="1,8", metavar="LIST", help="sequences that decode at once")
     parser.add_argument("--sets", type=whole(1), metavar="N",
                         help="of a kernel's inputs, used in turn (default: so many that none is left in the L2 cache)")
     add_model_arguments(parser)
     parser.add_argument("--tokens", type=whole(2), default=16, metavar="N", help="decoded in one sample of a model")
     cpu = parser.add_argument_group("transformers on cpu")
-    cpu.add_argument("--shapes", type=one_of(*SHAPES), default=list(SHAPES), metavar="A,B",
+    cpu.add_argument("--shapes", type=one_of(*SHAPES), default=",".join(SHAPES), metavar="A,B",
                      help="checkpoints: of " + ", ".join(SHAPES))
     cpu.add_argument("--prefill", type=whole(1), default=512, metavar="N", help="tokens of the long prompt")
     cpu.add_argument("--decode", type=whole(2), default=64, metavar="N", help="tokens generated to time decoding")
     cpu.add_argument("--threads", type=whole(1), default=2, metavar="N", help="BLAS and OpenMP threads of each side")
-    cpu.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / f"rawgem-bench-{getpass.getuser()}",
-                     metavar="DIR", help="where checkpoints are written, and found again")
+    cpu.add_argument("--cache", type=Path, default=FOLDER, metavar="DIR",
+                     help="where checkpoints are written, and found again")
 
 
 def run(args, report):
@@ -70,6 +58,8 @@ def run(args, report):
     others = [name for name in names if name != "transformers"]
     if others:
         is_good &= in_one_process(args, others, report)
+    if not report.rows and is_good:
+        raise BenchError("against: everything was skipped")
     return 0 if is_good else 1
 
 

@@ -30,8 +30,10 @@ def _range(item, text):
     if match is None:
         raise BenchError(f"numbers {text!r}: {item!r} is none, expected such as 8, 1-4, 1-9+2 or 1-64*2")
     first, last, sign, by = int(match[1]), int(match[2]), match[3] or "+", int(match[4] or 1)
-    if first > last or by < (2 if sign == "*" else 1) or (sign == "*" and first < 1):
-        raise BenchError(f"numbers {text!r}: {item!r} never ends, expected it to rise from the first to the last")
+    if first > last:
+        raise BenchError(f"numbers {text!r}: {item!r} falls, expected it to rise from the first to the last")
+    if by < (2 if sign == "*" else 1) or (sign == "*" and first < 1):
+        raise BenchError(f"numbers {text!r}: {item!r} never ends, expected it to rise with each step")
     values = []
     while first <= last:
         values.append(first)
@@ -141,6 +143,28 @@ def _alternatives(inside, text):
             raise BenchError(f"case {text!r}: an empty choice in {{{inside}}}")
         items += map(str, _range(item, item)) if _RANGE.fullmatch(item) else [item]
     return items
+
+
+def one_of(*known):
+    """An argparse type: a comma list of some of `known`."""
+    def parse(text):
+        names = text.split(",")
+        for name in names:
+            if name not in known:
+                raise BenchError(f"{name!r} is none of {','.join(known)}")
+        return names
+    return parse
+
+
+def positive(text):
+    """An argparse type: a number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value < float("inf"):
+        raise BenchError(f"{text!r} is not a number above 0")
+    return value
 
 
 def whole(least):

@@ -15,6 +15,7 @@ from engine.backend import open_lane
 from engine.kernels import ceilings as kernels
 from engine.kernels import cublas
 from engine.roofline import Ceilings
+from measure.cases import whole
 from measure.clock import clock_of
 from measure.kernel.kernel_cases import KernelCase
 from measure.kernel.kernel_inputs import Data
@@ -28,9 +29,10 @@ NODES = 1000                    # of the graph whose nodes' gap is measured
 
 
 def add_arguments(parser):
-    parser.add_argument("--bytes", type=int, metavar="N", help=f"to stream (default: {GPU_BYTES >> 30} GiB on a GPU or "
-                        f"{MEMORY_SHARE:.0%}% of what is free, {CPU_BYTES >> 20} MiB on a CPU)")
-    parser.add_argument("--size", type=int, metavar="N", help="of matrix products, N x N x N (default: "
+    parser.add_argument("--bytes", type=whole(4096), metavar="N",
+                        help=f"to stream (default: {GPU_BYTES >> 30} GiB on a GPU or {MEMORY_SHARE:.0%}% of what is "
+                        f"free, {CPU_BYTES >> 20} MiB on a CPU)")
+    parser.add_argument("--size", type=whole(1), metavar="N", help="of matrix products, N x N x N (default: "
                         f"{GPU_SIZE} on a GPU, {CPU_SIZE} on a CPU)")
 
 

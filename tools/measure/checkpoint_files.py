@@ -1,7 +1,9 @@
 """Random checkpoints as files, in the released layout: safetensors shards, an index, config.json."""
 
 import json
+import os
 import shutil
+import tempfile
 from math import prod
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import numpy as np
 from loaders.safetensors import INDEX_FILE, SINGLE_FILE
 from measure.report import BenchError
 
+FOLDER = Path(tempfile.gettempdir()) / f"rawgem-bench-{os.getuid()}"    # where they are kept for the next run
 SHARD_BYTES = 4_000_000_000     # about what released shards have
 PART = 1 << 24                  # elements drawn at a time
 SPARE_BYTES = 1 << 28           # of the disk, to leave

@@ -11,6 +11,7 @@ import time
 from itertools import pairwise
 
 WARMUPS = 3             # replays before the first that counts: clocks rise, caches and the allocator settle
+WARM_S = 0.02           # for so long at least, on a GPU: what the host did meanwhile let its clocks fall
 
 
 def clock_of(lane):
@@ -94,9 +95,11 @@ class TimedStream:
                     self._graph = lane.capture(self._run_eagerly)
                 except Exception as error:  # whatever it is, eagerly it may run; if not, that raises
                     self.why_eager = f"{type(error).__name__}: {error}"
-            for _ in range(warmups):
+            began, n = time.perf_counter(), 0
+            while n < warmups or time.perf_counter() - began < WARM_S:
                 self._run()
-            lane.stream.synchronize()
+                lane.stream.synchronize()
+                n += 1
 
     def _run_eagerly(self):
         for launch in self._launches:

@@ -8,8 +8,10 @@ computed (random K and V), so decoding at 32 k needs no prefill. The label verif
 
 "step" is that step, repeated. wall is from building the batch to having the tokens; gpu (on a CPU: ops) is its launches
 alone, back to back; host_gap is the share of the wall time in which the GPU has nothing to do. "decode" lets the
-engine's loop go on from there: tpot is (last token's time - first's) / (n - 1). "prefill" is whole prompts through the
-loop, in chunks of --max-batch-tokens. floor is what weights, K and V alone take at the ceilings.
+engine's loop go on from there for --steps tokens a sequence: tpot is (last token's time - first's) / (n - 1), itl the
+time between two tokens of a sequence. "prefill" is whole prompts, all submitted at once, through the loop in chunks of
+--max-batch-tokens: ttft is from there to a prompt's first token. rate is tokens of all sequences per second, in
+"prefill" those of the prompts (pp and tg of llama-bench). floor is what weights, K and V alone take at the ceilings.
 
 The table "step" has the step's ops, equal ones together, each group timed by itself. percent_of_roof is the time that
 the bytes and operations of any implementation take at the ceilings, over the measured time. Its last rows add up to the
@@ -64,6 +66,8 @@ def run(args, report):
         except MemoryPlanError as error:
             report.skip(model.name, error)
         gc.collect()                        # the next model needs the memory
+    if not any(row.section == "engine" for row in report.rows):
+        raise BenchError("engine: everything was skipped")
     return 0
 
 

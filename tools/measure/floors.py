@@ -9,7 +9,7 @@ the one at 100 % bounds. resident is weights and KV cache, all that must be ther
 
 from dataclasses import asdict
 
-from measure.cases import parse_cases
+from measure.cases import parse_cases, positive
 from measure.report import BenchError, Goal, Row, Stat, load_document
 
 DEFAULT_CASES = ("decode={1,8,64}*1@{1024,32768}", "prefill={2048,8192,32768}")
@@ -22,7 +22,7 @@ def add_arguments(parser):
                         f"(default: {' '.join(DEFAULT_CASES)})")
     parser.add_argument("--weight-bits", type=int, choices=[16, 8, 4], default=16, help="of a weight")
     parser.add_argument("--kv-bits", type=int, choices=[16, 8], default=16, help="of a cached value")
-    parser.add_argument("--memory-bytes", type=float, metavar="BYTES", help="say what does not fit")
+    parser.add_argument("--memory-bytes", type=positive, metavar="BYTES", help="say what does not fit")
 
 
 def run(args, report):

@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.backend import open_lane
 from engine.errors import KernelError, MemoryPlanError, ShapeError
-from measure.cases import int_list
+from measure.cases import int_list, whole
 from measure.ceilings import ceilings_of
 from measure.clock import clock_of
 from measure.kernel.goals import goal_of
@@ -37,8 +37,8 @@ def add_arguments(parser):
         key = name.replace("-", "_")
         parser.add_argument(f"--{name}", type=int_list, metavar="LIST",
                             help=f"{what} (default: {_list(GPU[key])}, on a CPU {_list(CPU[key])})")
-    parser.add_argument("--sets", type=int, metavar="N", help="sets of inputs that take turns (default: at least 3 and "
-                        "180 MB in all, at most 64)")
+    parser.add_argument("--sets", type=whole(1), metavar="N", help="sets of inputs that take turns "
+                        "(default: at least 3 and 180 MB in all, at most 64)")
 
 
 def _list(numbers):
@@ -75,6 +75,9 @@ def run(args, report):
                 report.tell(error)
                 report.add(Row("kernels", case.name, case.shape, {}, [f"not timed: {error}"]))
                 status = 1
+            except Exception as error:      # after a fault on the GPU nothing runs in this process: say whose it was
+                report.skip(case, f"{type(error).__name__}: {error}")
+                raise
     return status
 
 

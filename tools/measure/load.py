@@ -7,21 +7,18 @@ A preset's shape is written once to a random checkpoint in the released layout, 
 process, and the sides take turns. Nothing empties the page cache: files that were just written are read from memory.
 """
 
-import getpass
 import importlib.util
 import json
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 from measure import loading
-from measure.checkpoint_files import SHARD_BYTES, written
+from measure.checkpoint_files import FOLDER, SHARD_BYTES, written
 from measure.models import add_model_arguments, models_of
 from measure.peer.turns import compared
 from measure.report import BenchError, Goal, Row, Stat
 
-FOLDER = Path(tempfile.gettempdir()) / f"rawgem-bench-{getpass.getuser()}"
 LIMIT_S = 300               # of one sample: one that hangs must end
 LEAST_OF_PINNED = 90        # percent of what pinned copies reach
 

@@ -32,6 +32,13 @@ class Model:
         return nullcontext(RandomCheckpoint(self.spec, seed)) if self.path is None else Checkpoint.open(self.path)
 
 
+def kind_of(attention):
+    """How rows name the kind of an AttentionSpec."""
+    if attention.chunk is not None:
+        return "chunked"
+    return "global" if attention.window is None else "local"
+
+
 def add_model_arguments(parser):
     parser.add_argument("--model", type=Path, metavar="DIR", help="a checkpoint, in the place of a preset")
     parser.add_argument("--layers", type=whole(1), metavar="N", help="only the first N layers of each preset")

@@ -170,6 +170,7 @@ class Report:
         self._commit = machine.commit()                 # of the code that is about to run
         self._load_before = machine.load_average()
         self._gpu_before = {} if gpu is None else machine.gpu_state(gpu)
+        self._gpu_facts = None                          # asked for once: nvidia-smi may take a second
 
     def add(self, row):
         if not isinstance(row, Row):
@@ -195,8 +196,9 @@ class Report:
     def as_dict(self):
         facts = machine.machine() | {"load_average": [self._load_before, machine.load_average()]}
         if self.gpu is not None:
-            facts["gpu"] = machine.gpu(self.gpu) | {"device": self.gpu, "before": self._gpu_before,
-                                                    "after": machine.gpu_state(self.gpu)}
+            self._gpu_facts = self._gpu_facts or machine.gpu(self.gpu)
+            facts["gpu"] = self._gpu_facts | {"device": self.gpu, "before": self._gpu_before,
+                                              "after": machine.gpu_state(self.gpu)}
         return {"schema": SCHEMA, "command": self.command, "commit": self._commit, "date": self.date,
                 "machine": facts, "versions": machine.versions() | plain(self.versions),
                 "settings": plain(self.settings), "metadata": plain(self.metadata), "facts": plain(self.facts),

@@ -4,9 +4,11 @@
     bench.py serve --preset gemma-3-270m --lane cpu --rate inf --max-concurrency 4 --shared-prefix 256
 
 Requests are due at random (Poisson) times, and sent when they are; one thread submits, steps and looks at the clock.
-Times to first token count from when a request was due, so what it waits for a step to end counts. Figures are of the
-steady state: from the end of the first request to the last arrival. goodput is requests per second that keep both
---slo-ttft and --slo-tpot.
+ttft (to the first token) counts from when a request was due, so what it waits for a step to end counts; under
+--max-concurrency from when there was room for it. tpot is (last token's time - first's) / (tokens - 1) of a request,
+itl the time between two of its tokens. Figures are of the steady state: from the end of the first request to the last
+arrival. output counts generated tokens, total those of prompts too; goodput is requests per second that keep both
+--slo-ttft and --slo-tpot; busy is the share of the time in which a step runs, running the sequences in one.
 """
 
 import gc
@@ -62,7 +64,7 @@ def add_arguments(parser):
     add_model_arguments(parser)
     parser.set_defaults(repeats=1)          # the requests of a trace are samples already
     parser.add_argument("--requests", type=whole(1), default=64, metavar="N", help="of a trace")
-    parser.add_argument("--rate", type=rate_list, default=[4.0, 8.0, math.inf], metavar="LIST",
+    parser.add_argument("--rate", type=rate_list, default="4,8,inf", metavar="LIST",
                         help="requests per second; inf is all at once")
     parser.add_argument("--input", type=whole(1), default=512, metavar="N", help="mean tokens of a prompt")
     parser.add_argument("--output", type=whole(1), default=128, metavar="N", help="mean tokens to generate")
@@ -73,9 +75,10 @@ def add_arguments(parser):
     parser.add_argument("--max-concurrency", type=whole(1), metavar="N", help="requests in flight at most")
     parser.add_argument("--max-seqs", type=whole(1), default=64, metavar="N", help="sequences computed at once")
     parser.add_argument("--max-batch-tokens", type=whole(1), default=2048, metavar="N", help="tokens of a step")
-    parser.add_argument("--slo-ttft", type=seconds, default=SLO_TTFT_S, metavar="S",
+    parser.add_argument("--slo-ttft", type=seconds, default=SLO_TTFT_S, metavar="SECONDS",
                         help="promised time to first token")
-    parser.add_argument("--slo-tpot", type=seconds, default=SLO_TPOT_S, metavar="S", help="promised time per token")
+    parser.add_argument("--slo-tpot", type=seconds, default=SLO_TPOT_S, metavar="SECONDS",
+                        help="promised time per token")
 
 
 def run(args, report):
@@ -93,7 +96,7 @@ def run(args, report):
 def serve_model(args, report, model, lane):
     """Opens the model, warms it up, and plays every rate `repeats` times, in turns."""
     trace_of(args, model.spec.vocab, args.rate[0], 0)       # what is wrong with it shows before minutes of work
-    core = open_core(args, model, lane)
+    core = core_for(args, model, lane)
     warm_up(core, args)
     values = {rate: [] for rate in args.rate}
     notes = {rate: [] for rate in args.rate}
@@ -104,8 +107,8 @@ def serve_model(args, report, model, lane):
                               args.max_concurrency, bar.update)
                 found, window = stats_of(played, args.slo_ttft, args.slo_tpot)
                 values[rate].append(found | {"window": (window.seconds, "s", "")})
-                if window.why_all and window.why_all not in notes[rate]:
-                    notes[rate].append(window.why_all)
+                if window.note and window.note not in notes[rate]:
+                    notes[rate].append(window.note)
     for rate in args.rate:
         if args.shared_prefix:
             notes[rate].append("there is no prefix cache yet: the shared prefix is computed for every request")
@@ -126,7 +129,7 @@ def trace_of(args, vocab, rate, repeat):
                          args.shared_prefix)
 
 
-def open_core(args, model, lane):
+def core_for(args, model, lane):
     """The Core for the longest request there may be."""
     from engine.config import EngineConfig
     from engine.core import Core

@@ -1,11 +1,13 @@
 """A bench document as text for a terminal and as GitHub markdown; how its figures are rounded and scaled."""
 
+import re
 from math import floor, log10
 
 from measure.report import SECTIONS, check_document, rows_of
 
-QUIET_LOAD = 0.5        # a load average above this before we start: other work shares the cores
+QUIET_LOAD = 0.5        # a load average above this before we start, or above this and all cores after: other work
 MANY_ROWS = 3           # a note of more rows than this names their number
+_PERCENTILE = re.compile(r" p\d+$")
 # unit: (a unit for people, how much of ours it is), rising; a column takes one of them
 SCALES = {"s": [("us", 1e-6), ("ms", 1e-3), ("s", 1.0)],
           "bytes": [("bytes", 1.0), ("KB", 1e3), ("MB", 1e6), ("GB", 1e9)],
@@ -70,8 +72,24 @@ def constant_shape(rows):
             if all(key in row.shape and repr(row.shape[key]) == repr(value) for row in rows)}
 
 
+def alike(rows):
+    """A section's rows in lists, a table each: those of a list have at least half of their stats in common with the
+    widest of it, or add none to them."""
+    lists = []
+    for row in rows:
+        names = set(row.stats)
+        for found in lists:
+            widest = max((set(other.stats) for other in found), key=len)
+            if names <= widest or widest <= names or 2 * len(names & widest) >= len(names | widest):
+                found.append(row)
+                break
+        else:
+            lists.append([row])
+    return lists
+
+
 def section_table(rows):
-    """(constant shape values, header, lines of cells) of one section's rows."""
+    """(constant shape values, header, lines of cells) of the rows of a table."""
     constant = constant_shape(rows)
     varying = [key for key in dict.fromkeys(key for row in rows for key in row.shape) if key not in constant]
     columns = [[row.name for row in rows]]
@@ -79,8 +97,9 @@ def section_table(rows):
     for key in varying:
         header.append(key)
         columns.append([shape_value(row.shape.get(key)) for row in rows])
+    families = _families(rows)
     for name in dict.fromkeys(name for row in rows for name in row.stats):
-        for label, cells in _stat_columns(name, [row.stats.get(name) for row in rows]):
+        for label, cells in _stat_columns(name, [row.stats.get(name) for row in rows], families[_family(name)]):
             header.append(label)
             columns.append(cells)
     if any(row.goal for row in rows):
@@ -89,11 +108,25 @@ def section_table(rows):
     return constant, header, [list(line) for line in zip(*columns, strict=True)]
 
 
-def _stat_columns(name, stats):
-    """[(header, cells)]: the medians, and p10..p90 where there is any. Units that differ stand beside the figures."""
-    present = [stat for stat in stats if stat is not None]
-    units = {stat.unit for stat in present}
-    scales = {unit: scale_of([stat.median for stat in present if stat.unit == unit], unit) for unit in units}
+def _family(name):
+    """"ttft p99" -> "ttft": percentiles of one quantity are read side by side, so they have one scale."""
+    return _PERCENTILE.sub("", name)
+
+
+def _families(rows):
+    """{family: [Stat]} of all stats of a table."""
+    families = {}
+    for row in rows:
+        for name, stat in row.stats.items():
+            families.setdefault(_family(name), []).append(stat)
+    return families
+
+
+def _stat_columns(name, stats, family):
+    """[(header, cells)]: the medians, and p10..p90 where there is any. Units that differ stand beside the figures.
+    family: the stats that share a scale, these among them."""
+    units = {stat.unit for stat in stats if stat is not None}
+    scales = {unit: scale_of([stat.median for stat in family if stat.unit == unit], unit) for unit in units}
     cells, spreads = [], []
     for stat in stats:
         scale = stat and scales[stat.unit]
@@ -138,19 +171,30 @@ def header_lines(document):
     if "gpu" in machine:
         lines.append(("gpu", gpu_text(machine["gpu"])))
     lines.append(("versions", ", ".join(f"{name} {version}" for name, version in document["versions"].items())))
-    ceilings = document["facts"].get("ceilings")
-    if isinstance(ceilings, dict) and {"bytes_per_s", "flops_per_s"} <= set(ceilings):
-        lines.append(("ceilings", ceilings_text(ceilings)))
+    ceilings = ceilings_text(document)
+    if ceilings:
+        lines.append(("ceilings", f"{ceilings} ({document['facts']['ceilings'].get('source', 'given')})"))
     lines += [(key, str(value)) for key, value in document["metadata"].items()]
-    if before is not None and before > QUIET_LOAD:
+    if is_busy(machine):
         lines.append(("busy", "other work was running on this machine: trust the bests before the medians, and "
                       "neither for a claim"))
     return lines
 
 
-def ceilings_text(ceilings):
-    return (f"{figure(ceilings['bytes_per_s'], 'bytes/s')}, {figure(ceilings['flops_per_s'], 'flop/s')} "
-            f"({ceilings.get('source', 'given')})")
+def is_busy(machine):
+    """Whether other work ran beside the run; our own raises the load average to one a core at most."""
+    before, after = machine.get("load_average") or (None, None)
+    if before is None:
+        return False
+    return before > QUIET_LOAD or ("cores" in machine and after > machine["cores"] + QUIET_LOAD)
+
+
+def ceilings_text(document):
+    """The ceilings' figures, "" without any."""
+    ceilings = document["facts"].get("ceilings")
+    if not isinstance(ceilings, dict) or not {"bytes_per_s", "flops_per_s"} <= set(ceilings):
+        return ""
+    return f"{figure(ceilings['bytes_per_s'], 'bytes/s')}, {figure(ceilings['flops_per_s'], 'flop/s')}"
 
 
 def gpu_text(gpu):
@@ -198,13 +242,24 @@ def sections(document):
     return [(section, rows) for section, rows in found.items() if rows]
 
 
+def titled_tables(document):
+    """[(title, rows)]: the tables of every section, named after their rows where a section has several."""
+    found = []
+    for section, rows in sections(document):
+        lists = alike(rows)
+        for one in lists:
+            names = {row.name for row in one}
+            found.append((f"{section}, {one[0].name}" if len(lists) > 1 == len(names) else section, one))
+    return found
+
+
 def text(report):
-    """A Report or its document for a terminal: a table a section, what was skipped, and the header last."""
+    """A Report or its document for a terminal: the tables, what was skipped, and the header last."""
     document = _document(report)
     blocks = [f"INCOMPLETE: {document['incomplete']}"] if document["incomplete"] else []
-    for section, rows in sections(document):
+    for title, rows in titled_tables(document):
         constant, header, lines = section_table(rows)
-        title = f"{section}: {shape_words(constant)}" if constant else section
+        title = f"{title}: {shape_words(constant)}" if constant else title
         blocks.append("\n".join([title, aligned(header, lines), *(f"  {note}" for note in notes_of(rows))]))
     if document["skipped"]:
         blocks.append("\n".join(["skipped", *(f"  {one['what']}: {one['why']}" for one in document["skipped"])]))
@@ -216,9 +271,9 @@ def markdown(report):
     """The same as GitHub markdown."""
     document = _document(report)
     blocks = [f"**Incomplete: {document['incomplete']}**"] if document["incomplete"] else []
-    for section, rows in sections(document):
+    for title, rows in titled_tables(document):
         constant, header, lines = section_table(rows)
-        blocks.append(f"### {section}")
+        blocks.append(f"### {title}")
         if constant:
             blocks.append(shape_words(constant))
         blocks.append(markdown_table(header, lines))

@@ -19,6 +19,7 @@ from measure.kernel.op_branches import AddNorms, GatePerLayer, MixPerLayer, Rout
 from measure.kernel.op_logits import ApplyEdits, LogitSoftcap, Sample, TopLogprobs
 from measure.kernel.op_moe import MoeCombine, MoeGatedLinear, MoeLinear, MoeRoute
 from measure.kernel.op_rows import AddNorm, Embed, GatedLinear, Linear, RmsNorm, SelectRows
+from measure.models import kind_of
 from measure.report import BenchError
 
 OPS = {"linear": Linear(), "gated_linear": GatedLinear(), "attention": Attention(),
@@ -130,7 +131,7 @@ class Prepared:
     @property
     def is_cold(self):
         """Whether a launch finds nothing of its set in an L2 cache when all sets take turns."""
-        return self.cost.bytes >= LARGE_BYTES or len(self.sets) * self.cost.bytes >= COLD_BYTES
+        return len(self.sets) * self.cost.bytes >= COLD_BYTES
 
     def launch(self, i=0):
         """Runs the op on set i % n_sets, on the lane's stream."""
@@ -194,12 +195,12 @@ def _shapes(spec, sweep):
     for n in sweep.n_tokens:
         for a in attentions:
             for width in (width for of, width in projections if of == a):
-                yield "linear", f"qkv {_kind(a)}", {"n_tokens": n, "n_in": spec.hidden, "n_out": width}
-            yield "linear", f"o {_kind(a)}", {"n_tokens": n, "n_in": a.q_width, "n_out": spec.hidden}
+                yield "linear", f"qkv {kind_of(a)}", {"n_tokens": n, "n_in": spec.hidden, "n_out": width}
+            yield "linear", f"o {kind_of(a)}", {"n_tokens": n, "n_in": a.q_width, "n_out": spec.hidden}
             for has_kv in sorted({layer.kv_from is None for layer in spec.layers if layer.attention == a}):
-                yield "qk_norm_rope_cache", f"{'' if has_kv else 'q '}{_kind(a)}", _heads(a, n, has_kv)
+                yield "qk_norm_rope_cache", f"{'' if has_kv else 'q '}{kind_of(a)}", _heads(a, n, has_kv)
             if n > decode_most:
-                yield "attention", f"prefill {_kind(a)}", _attention(a, [(1, n, n)])
+                yield "attention", f"prefill {kind_of(a)}", _attention(a, [(1, n, n)])
         for mlp in mlps:
             yield "gated_linear", "", {"n_tokens": n, "n_in": spec.hidden, "intermediate": mlp.intermediate}
             yield "linear", "down", {"n_tokens": n, "n_in": mlp.intermediate, "n_out": spec.hidden}
@@ -242,7 +243,7 @@ def _shapes(spec, sweep):
     for batch in sweep.batches:
         for context in sweep.contexts:
             for a in attentions:
-                yield "attention", f"decode {_kind(a)}", _attention(a, [(batch, 1, context)])
+                yield "attention", f"decode {kind_of(a)}", _attention(a, [(batch, 1, context)])
         logits = {"n_rows": batch, "vocab": spec.vocab}
         yield "linear", "head", {"n_tokens": batch, "n_in": spec.hidden, "n_out": spec.vocab, "out": "float32"}
         yield "select_rows", "", {"n_tokens": max(max(sweep.n_tokens), batch), "n_rows": batch, "width": spec.hidden}
@@ -258,12 +259,6 @@ def _common(label, other):
     """Of "qkv local" and "qkv global" that have one shape, "qkv"."""
     *name, kind = label.split() or [""]
     return " ".join(name) if [*name, kind] != other.split() and name == other.split()[:-1] else label
-
-
-def _kind(attention):
-    if attention.chunk is not None:
-        return "chunked"
-    return "global" if attention.window is None else "local"
 
 
 def _heads(a, n, has_kv):

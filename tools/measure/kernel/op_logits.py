@@ -36,7 +36,7 @@ class ApplyEdits(Op):
 
     def make(self, data, s, first=None):
         rng, n_rows, n = data.rng, s["n_rows"], s["n_rows"] * s["n_edits"]
-        token = np.concatenate([np.sort(rng.permutation(s["vocab"])[:s["n_edits"]]) for _ in range(n_rows)])
+        token = np.concatenate([np.sort(rng.choice(s["vocab"], s["n_edits"], replace=False)) for _ in range(n_rows)])
         edits = LogitEdits(
             np.repeat(np.arange(n_rows, dtype=np.int32), s["n_edits"]), token.astype(np.int32),
             rng.standard_normal(n, np.float32), rng.random(n) < 0.5, rng.integers(0, 3, n, np.int32),

@@ -110,7 +110,8 @@ class AddNorm(Op):
                 "post_weight": None if s.get("round_first") else data.normal(shape[1:]),
                 "next_weight": data.normal(shape[1:]) if has_next else None,
                 "out": data.empty(shape) if has_next else None,
-                "layer_scalar": data.normal((1,)) if s["layer_scalar"] else None}
+                # Below 1: every launch adds to the residual, which must not grow beyond all numbers.
+                "layer_scalar": data.put([0.5], data.lane.dtype) if s["layer_scalar"] else None}
 
     def call(self, a, s):
         return (a["residual"], a["branch"], a["post_weight"], a["next_weight"], EPS, WEIGHT_OFFSET, a["layer_scalar"],
@@ -137,7 +138,7 @@ class Embed(Op):
 
     def make(self, data, s, first=None):
         return {"table": first["table"] if first else data.normal((s["vocab"], s["hidden"]), WEIGHT_SCALE),
-                "token_ids": data.put(data.rng.permutation(s["vocab"])[:s["n_tokens"]]),
+                "token_ids": data.put(data.rng.choice(s["vocab"], s["n_tokens"], replace=False)),
                 "out": data.empty((s["n_tokens"], s["hidden"]))}
 
     def call(self, a, s):

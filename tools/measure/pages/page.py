@@ -15,7 +15,7 @@ from measure.pages.page_step import steps
 from measure.pages.page_tables import ROOF, figures_of, folded, missed_words, roof_percent, row_words, table
 from measure.report import check_document
 from measure.step.timeline import PARTS
-from measure.tables import header_lines, notes_of, sections
+from measure.tables import alike, header_lines, notes_of, sections
 
 HERE = Path(__file__).resolve().parent
 # section: (title, what to know to read it)
@@ -109,20 +109,7 @@ def _notes(rows):
 
 
 def _plain(rows, document):
-    """A table for each set of rows of which each shares half its figures with the first."""
-    tables = []
-    for row in rows:
-        alike = (found for found in tables if _shares_half(set(row.stats), set(found[0].stats)))
-        found = next(alike, None)
-        if found is None:
-            tables.append([row])
-        else:
-            found.append(row)
-    return "".join(map(table, tables))
-
-
-def _shares_half(names, others):
-    return 2 * len(names & others) >= len(names | others)
+    return "".join(map(table, alike(rows)))
 
 
 def _step(rows, document):

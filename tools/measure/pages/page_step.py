@@ -80,7 +80,7 @@ def _segments(row, place):
 def _losses(rows, total):
     """The table under a bar: its numbers are those on the bar."""
     scale = scale_of([_time(row) for row in rows], "s")
-    head = ('<th class="lead">#</th><th class="text">the largest losses</th><th>of the step %</th>'
+    head = ('<th class="lead">#</th><th class="text">the largest losses</th><th>of the bar %</th>'
             f"<th>lost {scale[0]}</th><th>time {scale[0]}</th><th>launches</th><th>percent of roof</th>")
     shares = [100 * _lost(row) / total for row in rows]
     lines = []

@@ -65,6 +65,7 @@ def table(rows, leads=None, caption=""):
     styles = {column: "" if all(_is_number(line[column]) for line in lines) else "text" for column in columns}
     styles.update({column: "text sizes" for column in columns if header[column] == "sizes"
                    or (styles[column] and max(len(line[column]) for line in lines) > LONG)})
+    styles.update({column: "goal" for column in columns if header[column + 1:column + 2] == [VERDICT]})
     above = [caption, f"All: {shape_words(constant)}." if constant else "",
              f"Medians, {SPREAD} below them." if SPREAD in header else ""]
     head = "".join(_tag("th", escaped(header[column]), styles[column]) for column in columns)
@@ -120,13 +121,14 @@ def _is_number(text):
 
 
 def _bars(rows, header):
-    """{column: row -> SVG} of the stats that are percents or ratios."""
+    """{column: row -> SVG} of the stats that are percents, or ratios that are better on one side or have a goal."""
     found = {}
     for name in dict.fromkeys(name for row in rows for name in row.stats):
         stats = [row.stats[name] for row in rows if name in row.stats]
         unit = stats[0].unit
         title = name if name.endswith(unit) else f"{name} {unit}"
-        if unit in DRAWN and name != ERROR and title in header:
+        is_judged = unit != "x" or stats[0].better or any(row.goal and row.goal.stat == name for row in rows)
+        if unit in DRAWN and name != ERROR and is_judged and title in header:
             found[header.index(title)] = _bar(DRAWN[unit], name, [stat.median for stat in stats])
     return found
 

@@ -1,5 +1,7 @@
 """against --lane cpu --peer transformers: whole generations beside transformers, on the same random checkpoints.
 
+First what they compute is compared: the log-probabilities of the tokens that we find likeliest after a prompt, and
+after each of the next that we generate. A shape where they differ is not timed.
 Cold: fresh processes import, load, prefill and decode once; gives import, load and peak memory. Warm: one process a
 side stays alive and the sides take turns (A B A B) at each measurement, so a machine that slows down slows both.
 """
@@ -13,14 +15,20 @@ import time
 from contextlib import ExitStack, suppress
 from pathlib import Path
 
+import numpy as np
+
+from measure.peer.against_model import FLOAT32_BOUND
 from measure.peer.checkpoints import SHAPES, is_written
 from measure.peer.turns import SETTLE_S, compared
-from measure.report import BenchError, Goal, Row
+from measure.report import BenchError, Goal, Row, Stat
 
 FOLDER = Path(__file__).resolve().parent
 SIDES = ("rawgem", "transformers")
 PROMPT_TOKENS = 16          # the prompt that decoding starts from
 AGREE_TOKENS = 16           # greedy tokens compared between the sides, a row
+N_LIKELIEST = 16           # of each token compared
+# Of log-probabilities, as a share of the largest logit: one is a logit less a log-sum, and both are that far off.
+BOUND = 2 * FLOAT32_BOUND
 FIRST_ID = 3                # below are pad, eos and bos
 SQUARE = [(4096, 4096)] * 16        # 1 GiB in matrices that suit BLAS: what the memory can give
 
@@ -117,6 +125,32 @@ def ready_checkpoint(shape, directory, seed):
                 pass
 
 
+def error_of(ours, theirs, prompts, n_tokens):
+    """Of the tokens that `ours` finds likeliest after each prompt, and after each that it then generates but the last
+    of n_tokens, the largest difference of log-probabilities, as a share of the largest logit; NaN where one is."""
+    found = ours.ask("likeliest", prompts=prompts, n_tokens=n_tokens, n=N_LIKELIEST)
+    known = [prompt + row[:-1] for prompt, row in zip(prompts, found["token_ids"], strict=True)]
+    answer = theirs.ask("logprobs", prompts=known, tokens=found["likeliest"])
+    return np.max(np.abs(np.subtract(found["logprobs"], answer["logprobs"]))) / answer["largest"]
+
+
+def compare(shape, path, options, args, report):
+    """Adds the row of how far apart the sides' log-probabilities are; whether that is within BOUND."""
+    with ExitStack() as stack:
+        sides = [stack.enter_context(Worker(side, options)) for side in SIDES]
+        for worker in sides:
+            worker.ask("load", path=str(path))
+        error = float(np.max([
+            error_of(*sides, random_prompts(shape, 1, args.prefill, -1), 1),
+            error_of(*sides, random_prompts(shape, max(args.batch), PROMPT_TOKENS, -1), min(AGREE_TOKENS, args.decode))
+        ]))
+    is_good = error <= BOUND                                    # NaN is not
+    note = f"not timed: log-probabilities differ by {error:.2g} of the largest logit, expected {BOUND:.2g}"
+    report.add(Row("against", "outputs", {"model": shape.name, "peer": "transformers"},
+                   {"error": Stat("x", error, "lower")} if np.isfinite(error) else {}, () if is_good else note))
+    return is_good
+
+
 def measure_cold(shape, path, options, args, bar):
     """Samples of fresh processes; the first round, which warms byte code and page cache, is not kept."""
     samples = Samples()
@@ -184,26 +218,37 @@ def rows_of(shape, samples, facts, args):
         return Row("against", measure, {"model": shape.name, "peer": "transformers"},
                    compared(*sides, unit=unit, better=better), notes, goal_of(shape.name, measure))
 
+    def decode_row(measure, *rest, of=None, **options):
+        """A difference of two times: one that is not above zero says how disturbed they were, and nothing else."""
+        if min(map(min, samples[of or measure].values())) <= 0:
+            return Row("against", measure, {"model": shape.name, "peer": "transformers"}, {},
+                       [f"not judged: {args.decode} tokens took no longer than one in some round; more --decode "
+                        "tokens, or a quieter machine"])
+        return row(measure, *rest, of=of, **options)
+
     rows = [row(name) for name in ("import", "load, fresh process", "load, again", "import to first token", "prefill")]
     for batch in args.batch:
         equal = ", ".join(map(str, facts["agree"][batch]))
-        rows.append(row(decode_name(batch), notes=f"equal greedy tokens, of {facts['agree_of']} a row: {equal}"))
+        rows.append(decode_row(decode_name(batch), notes=f"equal greedy tokens, of {facts['agree_of']} a row: {equal}"))
     if 1 in args.batch:
         for name, gemv in (("of the GEMV rate", "gemv"), ("of square GEMV's rate", "gemv, square")):
             limit = max(samples[gemv]["gemv"])
-            rows.append(row(name, "%", lambda s, limit=limit: 100 * facts["token_bytes"] / s / limit,
-                            of=decode_name(1), better="higher", notes=f"GEMV in NumPy, best: {limit / 1e9:.1f} GB/s"))
+            rows.append(decode_row(name, "%", lambda s, limit=limit: 100 * facts["token_bytes"] / s / limit,
+                                   of=decode_name(1), better="higher",
+                                   notes=f"GEMV in NumPy, best: {limit / 1e9:.1f} GB/s"))
     rows += [row(name, "bytes") for name in ("memory after import", "peak memory")]
     rows.append(row("peak over weights + KV", "x", lambda n: n / facts["floor_bytes"], of="peak memory"))
     return rows
 
 
 def bench_shape(shape, args, report):
-    """Measures one shape; adds its rows to the report, and its facts and the sides' versions."""
+    """Measures one shape; adds its rows to the report, and its facts and the sides' versions. Whether outputs agree."""
     path = args.cache / f"{shape.name}-seed{args.seed}"
     ready_checkpoint(shape, path, args.seed)
     max_seq_len = max(args.prefill, PROMPT_TOKENS + args.decode) + 1
     options = {"device": "cpu", "threads": args.threads, "max_seqs": max(args.batch), "max_seq_len": max_seq_len}
+    if not compare(shape, path, options, args, report):
+        return False
     with report.bar(2 * (args.repeats + 1), f"{shape.name}: fresh processes, then in turns") as bar:
         samples = measure_cold(shape, path, options, args, bar)
         with ExitStack() as stack:
@@ -220,11 +265,12 @@ def bench_shape(shape, args, report):
     report.facts.setdefault("models", {})[shape.name] = facts
     for row in rows_of(shape, samples, facts, args):
         report.add(row)
+    return True
 
 
 def run(args, report):
-    """Every shape of args.shapes. A missed goal is in the report; times of one run do not fail it."""
+    """Every shape of args.shapes; 1 where outputs differ. A missed goal is in the report; times of one run do not fail
+    it."""
     args.cache.mkdir(parents=True, exist_ok=True)
-    for name in args.shapes:
-        bench_shape(SHAPES[name], args, report)
-    return 0
+    agreed = [bench_shape(SHAPES[name], args, report) for name in args.shapes]
+    return 0 if all(agreed) else 1

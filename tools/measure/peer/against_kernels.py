@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from engine.errors import KernelError, MemoryPlanError, ShapeError
 from measure.clock import clock_of
 from measure.kernel.kernel_inputs import Data
 from measure.peer.torch_arrays import captured, forget_compiled, is_loaded, torch_running, why
@@ -91,11 +92,14 @@ def measure_case(case, peers, data, clock, args, report):
             report.skip(f"{case}: {peer}", reason)
     if not served:
         return True
-    prepared = case.prepare(data.lane, data.rng, args.sets, data)
     is_good = True
     try:
+        prepared = case.prepare(data.lane, data.rng, args.sets, data)
         prepared.check()
-    except BenchError as error:
+    except MemoryPlanError as error:
+        report.skip(str(case), error)
+        return True
+    except (BenchError, KernelError, ShapeError) as error:
         report.skip(str(case), f"ours is wrong: {error}")
         return False
     for peer in served:

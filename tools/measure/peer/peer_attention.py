@@ -108,6 +108,7 @@ def flashinfer(prepared):
     import torch
     s = prepared.case.sizes
     (n_seqs, n_query, context), = s["rows"]
+    workspace = torch.empty(FLASHINFER_BYTES, dtype=torch.uint8, device=as_torch(prepared.sets[0]["q"]).device)
 
     def bind(arrays):
         q, pages = as_torch(arrays["q"]), tuple(as_torch(arrays[name]) for name in ("k_pages", "v_pages"))
@@ -119,7 +120,6 @@ def flashinfer(prepared):
         indptr = ints(np.cumsum([0, *map(len, indices)]).tolist())
         tables = indptr, ints(list(chain.from_iterable(indices))), ints([(context - 1) % size + 1] * n_seqs)
         heads = s["n_heads"], s["n_kv_heads"], s["head_dim"], size
-        workspace = torch.empty(FLASHINFER_BYTES, dtype=torch.uint8, device=q.device)
         options = {"window_left": s["window"] - 1 if s["window"] else -1, "q_data_type": q.dtype,
                    "kv_data_type": q.dtype, "sm_scale": s["head_dim"] ** -0.5}
         if n_query == 1:

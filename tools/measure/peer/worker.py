@@ -35,13 +35,23 @@ class Rawgem:
         return self.LLM(path, device=self.options["device"], max_seqs=self.options["max_seqs"],
                         max_seq_len=self.options["max_seq_len"], progress=False)
 
-    def generate(self, llm, prompts, n_tokens):
-        params = self.SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True)
+    def outputs(self, llm, prompts, n_tokens, n_logprobs=0):
+        params = self.SamplingParams(max_tokens=n_tokens, temperature=0, ignore_eos=True, n_logprobs=n_logprobs)
         outputs = llm.generate(prompts, params)
         failed = [output.error for output in outputs if output.finish_reason == "error"]
         if failed:
             raise RuntimeError(f"rawgem: a request failed: {failed[0]}")
-        return [list(output.token_ids) for output in outputs]
+        return outputs
+
+    def generate(self, llm, prompts, n_tokens):
+        return [list(output.token_ids) for output in self.outputs(llm, prompts, n_tokens)]
+
+    def likeliest(self, llm, prompts, n_tokens, n):
+        """Greedy tokens, a row a prompt; for each the n likeliest in its place, and their log-probabilities."""
+        outputs = self.outputs(llm, prompts, n_tokens, n)
+        return {"token_ids": [list(output.token_ids) for output in outputs],
+                "likeliest": [[list(place)[:n] for place in output.logprobs] for output in outputs],
+                "logprobs": [[list(place.values())[:n] for place in output.logprobs] for output in outputs]}
 
 
 class Transformers:
@@ -69,6 +79,14 @@ class Transformers:
         output = model.generate(ids, attention_mask=self.torch.ones_like(ids), max_new_tokens=n_tokens,
                                 do_sample=False, use_cache=True)
         return output[:, ids.shape[1]:].tolist()
+
+    def logprobs(self, model, prompts, tokens):
+        """Log-probabilities of tokens [n_prompts, n_last, n], which may follow the last tokens of the prompts, and the
+        largest logit there by size."""
+        at = self.torch.tensor(tokens)
+        with self.torch.no_grad():
+            logits = model(self.torch.tensor(prompts), use_cache=False, logits_to_keep=at.shape[1]).logits
+        return {"logprobs": logits.log_softmax(-1).gather(-1, at).tolist(), "largest": logits.abs().max().item()}
 
 
 class Gemv:
@@ -139,6 +157,12 @@ class Requests:
         if lengths != [n_tokens] * len(prompts):
             raise RuntimeError(f"asked for {n_tokens} tokens to each of {len(prompts)} prompts, got {lengths}")
         return {"seconds": seconds, "token_ids": ids}
+
+    def likeliest(self, prompts, n_tokens, n):
+        return self.side.likeliest(self.model, prompts, n_tokens, n)
+
+    def logprobs(self, prompts, tokens):
+        return self.side.logprobs(self.model, prompts, tokens)
 
     def peak(self):
         return {"bytes": peak_bytes()}

@@ -5,16 +5,17 @@ from dataclasses import dataclass
 from measure.report import BenchError, Stat, percentile
 
 LEAST_STEADY = 8                # requests: fewer say little of a p90
+LEAST_ENDED = 0.8               # of the requests that arrive: where fewer end, they wait longer and longer
 PERCENTS = (50, 90, 99)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Seconds of a trace that are counted. `why_all`: why it is the whole trace, "" where it is the steady state."""
+    """Seconds of a trace that are counted. `note`: what is wrong with them, "" where they are a steady state."""
 
     begin_s: float
     end_s: float
-    why_all: str = ""
+    note: str = ""
 
     @property
     def seconds(self):
@@ -27,13 +28,16 @@ class Window:
 
 def steady_window(played):
     """From the end of the first request to the last arrival: in between load neither builds up nor runs out. The whole
-    trace where fewer than LEAST_STEADY requests arrive, or end, within."""
+    trace where fewer than LEAST_STEADY requests arrive, or end, within. Where load builds up all the same, a note."""
     whole = Window(min(served.sent_s for served in played.served), max(served.end_s for served in played.served))
     steady = Window(min(served.end_s for served in played.served), max(served.sent_s for served in played.served))
     n_arrive = sum(steady.holds(served.sent_s) for served in played.served)
     n_end = sum(steady.holds(served.end_s) for served in played.served)
     if steady.seconds > 0 and min(n_arrive, n_end) >= LEAST_STEADY:
-        return steady
+        if n_end >= LEAST_ENDED * n_arrive:
+            return steady
+        return Window(steady.begin_s, steady.end_s, f"not steady: {n_end} requests end while {n_arrive} arrive, so "
+                      "more and more wait, and latencies grow with the length of the trace")
     return Window(whole.begin_s, whole.end_s, f"no steady state: {n_arrive} requests arrive and {n_end} end between "
                   f"the first end and the last arrival, {LEAST_STEADY} of each make one; the whole trace is counted")
 

@@ -1,5 +1,9 @@
 """What a GPU report consists of: the parts in order of weight, at the sizes of released models or at toy sizes."""
 
+import os
+from importlib.util import find_spec
+
+from engine.trace import OPS
 from measure.report import BenchError
 from measure.runs.parts import Part
 
@@ -10,21 +14,38 @@ DECODE = "decode={1,8,64}*1@1024"
 TO_COME = (("engine-26b-a4b", "gemma-4-26b-a4b", None), ("engine-e4b", "gemma-4-e4b", None),
            ("engine-llama-4", "llama-4", 4))
 DEMO = ("--model", "demo/checkpoint")
+ENGINE_TESTS = "tests/test_lanes.py"      # besides tests/kernels, what --lane cuda takes to the GPU
+# Of tests in processes side by side, and BLAS threads of each, or they would wait for each other.
+MOST_WORKERS, THREADS = 8, "2"
+# A kernel that faults ends its process's use of the GPU: the ops that share one. The last group is all others.
+KERNEL_GROUPS = {"products": "linear,gated_linear", "attention": "attention"}
+KERNEL_GROUPS["others"] = ",".join(sorted(set(OPS) - set(",".join(KERNEL_GROUPS.values()).split(","))))
 # Tests that take a second, kernels among them, to see that the part works.
 QUICK_TESTS = ("tests/test_random.py", "tests/kernels/test_rmsnorm.py")
 
 
-def bench(name, command, lane, *arguments, least_s, most_s, uses_ceilings=True, **fields):
+def bench(name, command, lane, *arguments, least_s, most_s, uses_ceilings=True, why_not="", **fields):
     """A Part that is a command of tools/bench.py."""
+    if command == "against" and find_spec("torch") is None:
+        why_not = why_not or "torch is not installed"
     argv = ("tools/bench.py", command, "--lane", lane, "--json", "{out}", *(("{ceilings}",) if uses_ceilings else ()))
-    return Part(name, (*argv, *arguments), least_s, most_s, **fields)
+    return Part(name, (*argv, *arguments), least_s, most_s, why_not=why_not, **fields)
 
 
-def tests(name, lane, *arguments, least_s, most_s):
-    """A Part that is a run of pytest. One that hangs prints nothing but, after 20 s, where it is; then the run ends."""
+def tests(name, lane, *arguments, least_s, most_s, is_parallel=False):
+    """A Part that is a run of pytest. One that hangs prints nothing but, after 20 s, where it is; then the run ends.
+
+    is_parallel  several files at a time, where pytest-xdist is installed; a kernel that faults takes its process's use
+                 of the GPU along, and then not that of the other files
+    """
+    workers, env, stall_s = (), (), 40
+    if is_parallel and find_spec("xdist") is not None:
+        workers = "-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"
+        env = tuple((f"{library}_NUM_THREADS", THREADS) for library in ("OMP", "OPENBLAS", "MKL"))
+        stall_s = 60                                    # of the last file: the others have nothing to print any more
     argv = ("-m", "pytest", "-v", "--tb=short", "-o", "faulthandler_timeout=20", "-p", "no:cacheprovider",
-            "--junit-xml", "{out}", "--lane", lane, *arguments)
-    return Part(name, argv, least_s, most_s, stall_s=40, suite=True)
+            "--junit-xml", "{out}", "--lane", lane, *workers, *arguments)
+    return Part(name, argv, least_s, most_s, stall_s=stall_s, suite=True, env=env)
 
 
 def full_parts(lane, memory_bytes):
@@ -34,17 +55,18 @@ def full_parts(lane, memory_bytes):
     no_ops = ("--no-ops", "--repeats", "5")
     parts = [
         bench("ceilings", "ceilings", lane, least_s=20, most_s=60, uses_ceilings=False),
-        tests("tests-kernels", lane, "tests/kernels", least_s=30, most_s=120),
-        tests("tests-others", lane, "tests", "--ignore=tests/kernels", least_s=30, most_s=150),
-        bench("kernels-31b", "kernels", lane, "--preset", "gemma-4-31b", least_s=15, most_s=90, full_s=50, short=few),
+        tests("tests-kernels", lane, "tests/kernels", least_s=30, most_s=100, is_parallel=True),
+        tests("tests-engine", lane, ENGINE_TESTS, least_s=30, most_s=90),
+        *(bench(f"kernels-31b-{what}", "kernels", lane, "--preset", "gemma-4-31b", "--op", ops, least_s=10, most_s=50,
+                full_s=25, short=few) for what, ops in KERNEL_GROUPS.items()),
         bench("kernels-1b", "kernels", lane, "--preset", "gemma-3-1b", least_s=10, most_s=60, full_s=30, short=few),
         bench("engine-1b", "engine", lane, "--preset", "gemma-3-1b", "--case", DECODE, "--case", "prefill=2048",
               least_s=15, most_s=60, full_s=30, short=no_ops),
         bench("engine-31b-slice", "engine", lane, "--preset", "gemma-4-31b", "--layers", "12", "--case", DECODE,
               "--case", "decode=1*1@32768", "--case", "prefill=8192", "--case", "mix=2048,16*1@4096", "--case",
-              "verify=16*5@4096", least_s=20, most_s=80, full_s=45, short=no_ops),
+              "verify=16*5@4096", least_s=20, most_s=90, full_s=55, short=no_ops),
         bench("engine-31b", "engine", lane, "--preset", "gemma-4-31b", "--case", "decode={1,8}*1@1024", "--case",
-              "prefill=2048", least_s=50, most_s=100, full_s=70, short=no_ops,
+              "prefill=2048", least_s=45, most_s=100, full_s=70, short=no_ops,
               why_not=too_large("gemma-4-31b", memory_bytes))]
     for name, begins, n_layers in TO_COME:
         found = next((preset for preset in PRESETS if preset.startswith(begins)), None)
@@ -52,16 +74,21 @@ def full_parts(lane, memory_bytes):
         layers = ("--layers", str(n_layers)) if n_layers else ()
         parts.append(bench(name, "engine", lane, "--preset", found or begins, *layers, "--case", "decode={1,8}*1@1024",
                            "--case", "prefill=2048", least_s=20, most_s=60, full_s=35, short=no_ops, why_not=why_not))
+    # Peers that compile take 10 s and more a shape, and the tests that use no GPU say the least of one: they come last.
     return [*parts,
-            bench("against-kernels", "against", lane, "--preset", "gemma-4-31b", "--op",
-                  "linear,gated_linear,attention,add_norm,sample", least_s=20, most_s=90, full_s=60,
+            bench("against-kernels", "against", lane, "--preset", "gemma-4-31b", "--peer", "torch,sdpa,flashinfer",
+                  "--op", "linear,gated_linear,attention,sample", least_s=15, most_s=60, full_s=35,
                   short=("--n-tokens", "1,64", "--batch", "8", "--repeats", "5")),
-            bench("against-model", "against", lane, "--preset", "gemma-4-31b", "--layers", "12", "--case",
-                  "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=30, most_s=120),
             bench("serve", "serve", lane, "--preset", "gemma-3-1b", "--requests", "64", "--rate", "32,inf", "--output",
                   "64", least_s=15, most_s=40, uses_ceilings=False),
             bench("load", "load", lane, "--preset", "gemma-3-1b", "--folder", "{scratch}", "--repeats", "2",
-                  least_s=20, most_s=60, uses_ceilings=False)]
+                  least_s=20, most_s=60, uses_ceilings=False),
+            bench("against-model", "against", lane, "--preset", "gemma-4-31b", "--layers", "6", "--peer",
+                  "torch,compiled", "--case", "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=40, most_s=150),
+            tests("tests-others", lane, "tests", "--ignore=tests/kernels", f"--ignore={ENGINE_TESTS}", least_s=60,
+                  most_s=200, is_parallel=True),
+            bench("against-compiled", "against", lane, "--preset", "gemma-4-31b", "--peer", "compiled,flex", "--op",
+                  "gated_linear,attention,add_norm", "--n-tokens", "1,4096", "--batch", "8", least_s=30, most_s=150)]
 
 
 def quick_parts(lane):

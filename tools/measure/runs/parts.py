@@ -4,6 +4,7 @@ All parts share one deadline. A part is shortened where less time is left than i
 it needs, and what it leaves over goes to those after it.
 """
 
+import os
 import shlex
 import time
 from dataclasses import dataclass, field
@@ -30,6 +31,7 @@ class Part:
     stall_s  ended when it prints nothing for so long
     suite    it is pytest, and writes a junit file
     why_not  why it is not run at all
+    env      (name, value) of variables set for it
     """
 
     name: str
@@ -41,6 +43,7 @@ class Part:
     stall_s: float | None = None
     suite: bool = False
     why_not: str = ""
+    env: tuple = ()
 
 
 def limit_of(part, left_s, later):
@@ -103,7 +106,7 @@ class Runner:
         argv = part.argv + (part.short if is_short else ())
         self.report.tell(f"{part.name}: at most {limit:.0f} s")
         outcome = watchdog.run([*self.python, *self._filled(argv, part.name)], limit, log, self.cwd, part.stall_s,
-                               is_stopped=self.is_stopped)
+                               is_stopped=self.is_stopped, env={**os.environ, **dict(part.env)})
         status, why, is_whole, gpu = outcome.status, outcome.why, True, {}
         if part.suite:
             is_whole = self._take_suite(part, log, outcome)

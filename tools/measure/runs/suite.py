@@ -13,6 +13,7 @@ OUTCOMES = {"PASSED": "passed", "XPASS": "passed", "FAILED": "failed", "ERROR": 
 MOST_NAMED = 20             # failures with a note of their own
 LAST_LINES = 12             # of a failure's text
 _BEGUN = re.compile(r"^(\S+\.py::.+?)(?: (" + "|".join(OUTCOMES) + r")\b.*)?$")
+_ENDED = re.compile(r"^\[gw\d+\] \[ *\d+%\] (" + "|".join(OUTCOMES) + r") (\S+\.py::.+?)\s*$")      # by pytest-xdist
 
 
 @dataclass(frozen=True)
@@ -71,24 +72,28 @@ def read_junit(path):
 
 
 def read_log(path):
-    """The Suite as far as a log of `pytest -v` tells it; the test that had begun and did not end is named."""
-    counts, failures, last = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0), [], None
+    """The Suite as far as a log of `pytest -v` tells it; the tests that had begun and did not end are named."""
+    counts, failures, running = dict.fromkeys(("passed", "failed", "errors", "skipped"), 0), [], []
     text = Path(path).read_text(errors="replace") if Path(path).is_file() else ""
+    is_parallel = "\n[gw" in text
     for line in text.splitlines():
         if line.startswith(("====", "!!!!")) and "test session starts" not in line:
             break                                           # what follows tells of the same tests again
-        match = _BEGUN.match(line)
-        if match is None:
-            word = line.split(" ")[0]                       # the outcome of a test that printed a line itself
-            if last is None or word not in OUTCOMES:
-                continue
-            test, outcome = last, word
+        begun, ended, word = _BEGUN.match(line), _ENDED.match(line), line.split(" ")[0]
+        if ended:
+            outcome, test = ended.groups()
+        elif begun:
+            test, outcome = begun[1].strip(), begun[2]
+        elif running and word in OUTCOMES:                  # the outcome of a test that printed a line itself
+            test, outcome = running[-1], word
         else:
-            test, outcome = match[1], match[2]
-        last = None if outcome else test.strip()
-        if outcome:
-            counts[OUTCOMES[outcome]] += 1
-            if OUTCOMES[outcome] in ("failed", "errors"):
-                failures.append((test, ()))
-    ended = f"the run did not end; it was in {last}" if last else "the run did not end"
-    return Suite(counts, tuple(failures), ended=ended)
+            continue
+        if outcome is None:
+            running = [*running, test] if is_parallel else [test]
+            continue
+        running = [other for other in running if other != test] if is_parallel else []
+        counts[OUTCOMES[outcome]] += 1
+        if OUTCOMES[outcome] in ("failed", "errors"):
+            failures.append((test, ()))
+    where = f"; it was in {', '.join(running)}" if running else ""
+    return Suite(counts, tuple(failures), ended=f"the run did not end{where}")

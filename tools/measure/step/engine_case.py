@@ -1,7 +1,5 @@
 """One case on an open Core: its step, the ops of it, and what the engine's loop makes of it, as rows of a report."""
 
-import resource
-import sys
 import time
 from dataclasses import dataclass
 from itertools import pairwise
@@ -11,12 +9,13 @@ import numpy as np
 
 from engine.cost import Ceilings, floor
 from measure.clock import clock_of
+from measure.kernel.kernel_cases import COLD_BYTES
+from measure.loading import memory
 from measure.report import Row, Stat, percentile
 from measure.step.seats import VERIFY, WARMUPS, Needs, random_tokens, seated, step_of, submit
 from measure.step.timeline import PARTS, attribution, grouped, ops_of, recording
 
 GPU_LAUNCHES = 16       # of a group in one sample: starting a graph takes some us by itself
-COLD_BYTES = 180 << 20  # of a group: with less, some may be in a cache when its turn comes again (an H200's has 60 MB)
 EMULATED_STEPS = 2      # of the loop, decoding: nothing is timed there
 
 
@@ -101,7 +100,7 @@ class EngineCase:
     def step_stats(self, walls, gpu):
         return {"wall": Stat("s", walls, "lower"),
                 "gpu" if self.lane.name == "cuda" else "ops": Stat("s", gpu, "lower"),
-                "host_gap": Stat("%", 100 * (1 - median(gpu) / median(walls)), "lower"),
+                "host_gap": Stat("%", [100 * (1 - a / b) for a, b in zip(gpu, walls, strict=True)], "lower"),
                 "rate": Stat("tokens/s", [self.case.n_tokens / s for s in walls], "higher"),
                 **self.against_floor(self.need.rows(), walls)}
 
@@ -120,7 +119,7 @@ class EngineCase:
                 kernels_s += median(seconds)
                 stats = {"time": Stat("s", seconds, "lower"), **self.roof_stats(group, seconds), **stats,
                          "share": Stat("%", 100 * median(seconds) / wall_s)}
-                if cost.bytes < COLD_BYTES:
+                if cost.bytes < COLD_BYTES:               # of the group, before its turn comes again
                     notes.append("its bytes may be in a cache still: bench.py kernels has it cold")
             shape = {**self.shape, "order": group.order, "n_launches": len(group.ops), "n_rows": group.ops[0].n_rows}
             self.report.add(Row("step", group.name, shape, stats, notes))
@@ -152,7 +151,7 @@ class EngineCase:
             traffic_s = sum(group.traffic_s(self.ceilings) for group in groups)
         parts = attribution(wall_s, launches_s, kernels_s, traffic_s, floor_s)
         for name in parts if self.ceilings is not None else ("gaps", "host"):
-            stats = {"time": Stat("s", parts[name], "lower"), "share": Stat("%", 100 * parts[name] / wall_s)}
+            stats = {"time": Stat("s", parts[name]), "share": Stat("%", 100 * parts[name] / wall_s)}
             self.report.add(Row("step", name, self.shape, stats, PARTS[name]))
 
     # --- through the loop
@@ -168,14 +167,15 @@ class EngineCase:
             return
         n = self.args.steps
         runs = [self.decode(parts, WARMUPS, n) for _ in range(self.args.repeats)]
-        gaps = [after - before for ends in runs for before, after in pairwise(ends)]
+        gaps = [[after - before for before, after in pairwise(ends)] for ends in runs]
         tpots = [(ends[-1] - ends[0]) / (len(ends) - 1) for ends in runs]
         middle = [(n_seqs, 1, context + WARMUPS + n // 2) for n_seqs, _, context in parts]
         notes = [f"decode steps of {bucket} ran eagerly: {why}" for bucket, why in self.core.graphs.failures.items()]
         notes.append(f"contexts {', '.join(str(context + WARMUPS) for *_, context in parts)} and the {n - 1} after")
         self.add("decode", {
             "tpot": Stat("s", tpots, "lower"),
-            **{f"itl p{percent}": Stat("s", percentile(gaps, percent), "lower") for percent in (50, 90, 99)},
+            **{f"itl p{percent}": Stat("s", [percentile(of_run, percent) for of_run in gaps], "lower")
+               for percent in (50, 90, 99)},
             "rate": Stat("tokens/s", [self.case.n_seqs / s for s in tpots], "higher"),
             **self.against_floor(middle, tpots)}, notes)
 
@@ -232,5 +232,4 @@ def memory_stats(lane):
         with lane.device:
             free, total = lane.cupy.cuda.runtime.memGetInfo()
         return {"memory": Stat("bytes", total - free, "lower")}
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"memory": Stat("bytes", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "lower")}
+    return {"memory": Stat("bytes", memory("VmHWM"), "lower")}

@@ -13,6 +13,7 @@ from engine import cost
 from engine.cost import Cost
 from engine.graph import GraphCache
 from engine.trace import traced
+from measure.models import kind_of
 
 # Rows of "where the rest goes" in the order of attribution().
 PARTS = {"floor": "weights, K and V alone at the ceilings",
@@ -125,7 +126,7 @@ def ops_of(calls, core, batch):
             role = f"{role} kept".strip()
         # The first rows selected are those of the residual, in the layer that drops the others.
         has_dropped |= name == "select_rows" and batch.kept is not None and n_attentions <= drops_at
-        found.append(Op(name, role, _kind(layers[layer].attention) if has_kind else "", _sizes(args, kwargs),
+        found.append(Op(name, role, kind_of(layers[layer].attention) if has_kind else "", _sizes(args, kwargs),
                         int(args[ROWS_IN.get(name, 0)].shape[0]), cost.of(name, counted, kwargs),
                         partial(getattr(core.lane.ops, name), *args, **kwargs)))
     wants_any = batch.kept is None or len(batch.kept)
@@ -138,12 +139,6 @@ def _phase(paged):
     if all(end - begin == 1 < context for begin, end, context in paged.rows):
         return "decode"
     return "prefill" if all(end - begin == context for begin, end, context in paged.rows) else "mixed"
-
-
-def _kind(attention):
-    if attention.chunk is not None:
-        return "chunked"
-    return "global" if attention.window is None else "local"
 
 
 def _sizes(args, kwargs):
