@@ -60,7 +60,7 @@ def run(command, limit_s, log, cwd=None, stall_s=None, grace_s=GRACE_S, is_stopp
 
 
 def _heed_sigint():
-    """In the child: a shell's background job, which this process may be, has SIGINT ignored, and children inherit it."""
+    """In the child: a shell's background job, which this process may be, ignores SIGINT, and children inherit that."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
