@@ -238,8 +238,9 @@ def test_the_script_runs_from_anywhere(tmp_path):
 
 
 HANGING = """
-import ctypes, sys, types
+import ctypes, signal, sys, types
 from threading import Timer
+signal.signal(signal.SIGINT, signal.default_int_handler)            # a shell's background job has it ignored
 import bench
 from measure.report import Row, Stat
 
@@ -264,8 +265,11 @@ def test_a_run_that_waits_for_ever_is_written_when_it_is_told_to_end(tmp_path, n
     path = tmp_path / "out.json"
     with subprocess.Popen([sys.executable, "-c", HANGING, str(path)], cwd=Path(BENCH).parent, stdout=subprocess.PIPE,
                           text=True) as process:
-        assert process.stdout.readline() == "it hangs\n"
-        process.send_signal(number)
-        assert process.wait(60) == 130
+        try:
+            assert process.stdout.readline() == "it hangs\n"
+            process.send_signal(number)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
     document = load_document(path)
     assert document["incomplete"].startswith("told to end") and len(document["rows"]) == 1

@@ -40,7 +40,7 @@ def run(command, limit_s, log, cwd=None, stall_s=None, grace_s=GRACE_S, is_stopp
     with open(log, "ab") as out:
         try:
             process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
-                                       cwd=cwd, env=env, start_new_session=True)
+                                       cwd=cwd, env=env, start_new_session=True, preexec_fn=_heed_sigint)
         except OSError as error:
             return Outcome(FAILED, None, time.monotonic() - began, f"{command[0]}: {error.strerror}")
     status, why = _watch(process, began, limit_s, Path(log), stall_s, is_stopped)
@@ -57,6 +57,11 @@ def run(command, limit_s, log, cwd=None, stall_s=None, grace_s=GRACE_S, is_stopp
     if status == OK and code:
         status, why = FAILED, f"exit status {code}" if code > 0 else f"ended by {signal.Signals(-code).name}"
     return Outcome(status, code, time.monotonic() - began, why)
+
+
+def _heed_sigint():
+    """In the child: a shell's background job, which this process may be, ignores SIGINT, and children inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def _watch(process, began, limit_s, log, stall_s, is_stopped):
