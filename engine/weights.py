@@ -8,6 +8,7 @@ from engine.errors import CheckpointError
 from engine.tensors import targets
 
 FLOATS = ("bfloat16", "float16", "float32")     # what a table that stays in the file may hold
+ROWS = 16                                       # of such a table that share the L2 cache on their way
 
 
 @dataclass
@@ -81,8 +82,11 @@ class HostRows:
     def __call__(self, token_ids, out=None):
         """out[t] = table[token_ids[t]] * scale; returns out. token_ids [n] whole numbers within the table, out
         [n, width] of `dtype`, made when None."""
-        rows = self.table[token_ids].astype(self.dtype, copy=False)
-        return np.multiply(rows, self.scale, out=out, dtype=np.float32, casting="unsafe").astype(self.dtype, copy=False)
+        out = np.empty((len(token_ids), self.table.shape[1]), self.dtype) if out is None else out
+        for at in range(0, len(token_ids), ROWS):
+            rows = self.table[token_ids[at:at + ROWS]].astype(self.dtype, copy=False)
+            np.multiply(rows, self.scale, out=out[at:at + ROWS], dtype=np.float32, casting="unsafe")
+        return out
 
 
 def load(spec, checkpoint, accounts, lane, progress):

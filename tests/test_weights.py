@@ -158,7 +158,7 @@ def test_rows_of_a_table_in_the_file(tmp_path, file_dtype, lane_dtype):
     name = "embed_tokens_per_layer.weight"
     tensors[name] = tensors[name] * np.float32(1.001)                   # no bfloat16 any more
     path = tiny.write_checkpoint(tmp_path / "c", config, tensors, dtype=file_dtype)
-    lane, ids = HostLane("any", None, lane_dtype), np.array([3, 111, 3, 0], np.int32)
+    lane, ids = HostLane("any", None, lane_dtype), np.array([3, 111, 3, 0, *range(112)], np.int32)
     n_read = {"device": [], "host": []}
     _, on_lane = loaded(path, lane, progress=n_read["device"].append)
     _, in_file = loaded(path, lane, ple="host", progress=n_read["host"].append)
@@ -166,7 +166,7 @@ def test_rows_of_a_table_in_the_file(tmp_path, file_dtype, lane_dtype):
     scale = np.float32(lane.dtype.type(8**0.5))
     expected = (on_lane.per_layer_embed[ids].astype(np.float32) * scale).astype(lane_dtype)
     rows = in_file.per_layer_rows(ids)
-    assert rows.dtype == lane_dtype and rows.shape == (4, 6 * 8)
+    assert rows.dtype == lane_dtype and rows.shape == (116, 6 * 8)
     np.testing.assert_array_equal(rows, expected)
     out = np.empty_like(expected)
     assert in_file.per_layer_rows(ids, out=out) is out

@@ -1,72 +1,68 @@
 """bench.py against --lane cpu --peer transformers: checkpoints, arithmetic, goals, the run; no figure is measured."""
 
-import json
 from argparse import Namespace
-from pathlib import Path
 
 import bench
-import ml_dtypes
 import numpy as np
 import pytest
 from measure import against
-from measure.peer import against_cpu, checkpoints
+from measure.peer import against_cpu
 from measure.peer.against_cpu import Samples
-from measure.peer.checkpoints import SHAPES, Shape
+from measure.peer.checkpoints import SHAPES, kv_bytes, matrices, shape, token_bytes, weight_bytes
 from measure.report import BenchError, load_document, rows_of
-from safetensors.numpy import load_file
 
-TESTS = Path(__file__).resolve().parents[1]
-MINI = Shape("mini", hidden=16, layers=7, heads=2, kv_heads=1, head_dim=8, intermediate=24, vocab=32,
-             window=4, pattern=3)
+SLIDING, GLOBAL = "sliding_attention", "full_attention"
+SIZES = {"hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "intermediate_size": 24,
+         "vocab_size": 40, "bos_token_id": 2, "eos_token_id": [1], "pad_token_id": 0}
+GEMMA4 = {"global_head_dim": 16, "sliding_window": 4, "layer_types": [SLIDING, GLOBAL] * 2, "num_hidden_layers": 4,
+          "vocab_size_per_layer_input": 40}
+MINI = shape("mini", "gemma-3-270m", "Gemma3ForCausalLM", **SIZES, query_pre_attn_scalar=8, num_hidden_layers=7,
+             layer_types=[*[SLIDING, SLIDING, GLOBAL] * 2, SLIDING], sliding_window=4, _sliding_window_pattern=3)
+MOE = shape("moe", "gemma-4-26b-a4b", "Gemma4ForCausalLM", **SIZES, **GEMMA4, num_global_key_value_heads=1,
+            num_experts=4, top_k_experts=2, moe_intermediate_size=12)
+PER_LAYER = shape("e", "gemma-4-e2b", "Gemma4ForCausalLM", **SIZES, **GEMMA4, num_kv_shared_layers=2,
+                  hidden_size_per_layer_input=4)
+LLAMA = shape("llama", "llama-4-scout", "Llama4ForCausalLM", **SIZES, num_hidden_layers=4, intermediate_size_mlp=20,
+              num_local_experts=4, attention_chunk_size=4, floor_scale=4)
 
 
 # --- checkpoints
 
 def test_270m_has_the_published_size():
-    assert SHAPES["270m"].weight_bytes() == 4 * 268_098_176        # as published
+    spec = SHAPES["270m"].spec
+    assert weight_bytes(spec) == 4 * 268_098_176                    # as published
     norms = 18 * (4 * 640 + 2 * 256) + 640
-    assert SHAPES["270m"].token_bytes() == 4 * (268_098_176 - norms)
+    assert token_bytes(spec) == 4 * (268_098_176 - norms)
 
 
 def test_kv_bytes_keep_one_window_in_sliding_layers():
     one = 2 * 1 * 8 * 4                                             # k and v, one head of 8, float32
-    assert MINI.kv_bytes(3) == 7 * 3 * one
-    assert MINI.kv_bytes(10) == (2 * 10 + 5 * 4) * one              # layers 2 and 5 are global
+    assert kv_bytes(MINI.spec, 3) == 7 * 3 * one
+    assert kv_bytes(MINI.spec, 10) == (2 * 10 + 5 * 4) * one        # layers 2 and 5 are global
+    assert kv_bytes(PER_LAYER.spec, 10) == (4 + 2 * 10) * one       # the last two own none; global heads are of 16
+    assert kv_bytes(LLAMA.spec, 10) == (3 * 4 + 10) * one           # three layers keep a chunk
 
 
-def test_config_has_the_keys_of_a_released_file():
-    released = json.loads((TESTS / "goldens/gemma3-text/checkpoint/config.json").read_text())
-    assert set(MINI.config()) == set(released) - {"initializer_range", "transformers_version"}
+def test_a_token_multiplies_by_its_own_experts():
+    found = matrices(MOE.spec)
+    assert found.count((24, 16)) == 4 * (2 + 2)                     # gate and up; of two experts, one array of both
+    assert found.count((16, 12)) == 4 * 2 and found.count((4, 16)) == 4     # what experts give, the router
+    transposed = matrices(LLAMA.spec)                               # its files hold [in, out]
+    assert transposed.count((48, 16)) == 4 and transposed.count((16, 24)) == 4 * 2      # one expert, the shared one
 
 
-def test_written_checkpoint_holds_every_tensor_in_bfloat16(tmp_path):
-    checkpoints.write_checkpoint(MINI, tmp_path, seed=3)
-    released = load_file(TESTS / "goldens/gemma3-text/checkpoint/model.safetensors")
-    weights = load_file(tmp_path / "model.safetensors")
-    assert set(weights) == set(released)                            # seven layers there too
-    assert {name: value.shape for name, value in weights.items()} == MINI.tensors()
-    assert {value.dtype for value in weights.values()} == {np.dtype(ml_dtypes.bfloat16)}
-    assert json.loads((tmp_path / "generation_config.json").read_text())["eos_token_id"] == [1, 106]
+def test_of_tables_only_a_tied_head_multiplies():
+    assert matrices(PER_LAYER.spec).count((40, 16)) == 1            # the embedding is the head; the other table is not
+    assert matrices(LLAMA.spec).count((40, 16)) == 1                # a head of its own
 
 
-def test_weights_depend_on_the_seed_alone():
-    first, again, other = (checkpoints.random_weights(MINI, seed) for seed in (3, 3, 4))
-    assert all(np.array_equal(first[name], again[name]) for name in first)
-    assert not any(np.array_equal(first[name], other[name]) for name in first)
-    embedding = first["model.embed_tokens.weight"].astype(np.float32)
-    assert embedding.std() * 16 ** 0.5 == pytest.approx(1, abs=0.1)
-
-
-def test_a_checkpoint_is_reused_only_when_it_is_whole_and_this_shape(tmp_path):
-    assert not checkpoints.is_written(MINI, tmp_path / "nowhere")
-    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
-    assert checkpoints.is_written(MINI, tmp_path)
-    assert not checkpoints.is_written(SHAPES["tiny"], tmp_path)
-    written = (tmp_path / "model.safetensors").stat().st_mtime_ns
-    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
-    assert (tmp_path / "model.safetensors").stat().st_mtime_ns == written
-    (tmp_path / "config.json").unlink()                             # as an interrupted write leaves it
-    assert not checkpoints.is_written(MINI, tmp_path)
+def test_every_family_is_there_at_two_sizes():
+    families = {(model.spec.architecture, bool(model.spec.per_layer_input), any(layer.moe for layer in
+                                                                               model.spec.layers))
+                for name, model in SHAPES.items() if name.endswith("tiny")}
+    assert families == {("gemma3", False, False), ("gemma4", False, True), ("gemma4", True, False),
+                        ("llama4", False, True)}
+    assert {name.replace("tiny", "small") for name in SHAPES if name.endswith("tiny")} <= set(SHAPES)
 
 
 # --- arithmetic
@@ -75,7 +71,8 @@ def test_a_checkpoint_is_reused_only_when_it_is_whole_and_this_shape(tmp_path):
     ("tiny", "decode, batch 1", "ratio", (4.0, None)), ("small", "decode, batch 1", "ratio", (2.5, None)),
     ("270m", "decode, batch 1", "ratio", (1.2, None)), ("tiny", "decode, batch 8", "ratio", (1.0, None)),
     ("tiny", "prefill", "ratio", (1.0, None)), ("small", "load, fresh process", "ratio", (1.0, None)),
-    ("270m", "load, again", "ratio", (1.0, None)), ("tiny", "import", "ours", (None, 0.3)),
+    ("270m", "load, again", "ratio", (1.0, None)), ("llama4-small", "prefill", "ratio", (1.0, None)),
+    ("gemma4-moe-tiny", "decode, batch 1", "ratio", (1.0, None)), ("tiny", "import", "ours", (None, 0.3)),
     ("270m", "peak over weights + KV", "ours", (None, 1.15)), ("270m", "of the GEMV rate", "ours", (85.0, None)),
 ])
 def test_goals(shape, measure, stat, bound):
@@ -97,7 +94,7 @@ def test_prompts_are_new_each_repeat_and_the_same_each_run():
     first, again, other = (against_cpu.random_prompts(MINI, 3, 20, seed) for seed in (0, 0, 1))
     assert first == again != other
     assert [len(prompt) for prompt in first] == [20, 20, 20]
-    assert {token for prompt in first for token in prompt} <= set(range(3, 32))
+    assert {token for prompt in first for token in prompt} <= set(range(3, 40))
 
 
 def test_rows_carry_units_shares_and_notes():
@@ -237,27 +234,22 @@ def test_a_worker_counts_its_own_memory_only():
         assert worker.hello["import_bytes"] < held.nbytes
 
 
-def test_the_engines_worker_generates(tmp_path):
-    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
-    with against_cpu.Worker("rawgem", {"device": "cpu", "threads": 1, "max_seqs": 2, "max_seq_len": 20}) as worker:
-        worker.ask("load", path=str(tmp_path))
-        answer = worker.ask("generate", prompts=[[3, 4, 5], [6, 7, 8]], n_tokens=4)
-    assert [len(row) for row in answer["token_ids"]] == [4, 4]
-
-
 def test_both_workers_find_the_same_log_probabilities(tmp_path):
     pytest.importorskip("transformers")
-    against_cpu.ready_checkpoint(MINI, tmp_path, 0)
-    options = {"device": "cpu", "threads": 1, "max_seqs": 2, "max_seq_len": 20}
+    models = (MINI, MOE, PER_LAYER, LLAMA)
+    options = {"device": "cpu", "threads": 1, "max_seqs": 2, "max_seq_len": 20, "architecture": "Gemma4ForCausalLM"}
     with against_cpu.Worker("rawgem", options) as ours, against_cpu.Worker("transformers", options) as theirs:
-        for worker in (ours, theirs):
-            worker.ask("load", path=str(tmp_path))
-        prompts = against_cpu.random_prompts(MINI, 2, 9, 0)
-        assert 0 < against_cpu.error_of(ours, theirs, prompts, 5) < against_cpu.BOUND
-        theirs.ask("load", path=str(_other_seed(tmp_path / "other")))
-        assert against_cpu.error_of(ours, theirs, prompts, 5) > 10 * against_cpu.BOUND
+        for model in models:
+            for worker in (ours, theirs):
+                worker.ask("load", path=str(against_cpu.ready_checkpoint(model, tmp_path, 0)))
+            prompts = against_cpu.random_prompts(model, 2, 9, 0)
+            assert 0 < against_cpu.error_of(ours, theirs, prompts, 5) < against_cpu.BOUND, model.name
+            theirs.ask("load", path=str(against_cpu.ready_checkpoint(model, tmp_path, 1)))
+            assert against_cpu.error_of(ours, theirs, prompts, 5) > 10 * against_cpu.BOUND, model.name
 
 
-def _other_seed(directory):
-    checkpoints.write_checkpoint(MINI, directory, seed=1)
-    return directory
+def test_the_engines_worker_generates(tmp_path):
+    with against_cpu.Worker("rawgem", {"device": "cpu", "threads": 1, "max_seqs": 2, "max_seq_len": 20}) as worker:
+        worker.ask("load", path=str(against_cpu.ready_checkpoint(MINI, tmp_path, 0)))
+        answer = worker.ask("generate", prompts=[[3, 4, 5], [6, 7, 8]], n_tokens=4)
+    assert [len(row) for row in answer["token_ids"]] == [4, 4]

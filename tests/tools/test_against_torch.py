@@ -16,7 +16,6 @@ from measure.report import Report
 
 from engine.backend import open_lane
 from engine.models import describe
-from engine.models.spec import MoeSpec
 from loaders.config import Config
 from loaders.safetensors import Checkpoint
 from tests import tiny
@@ -50,6 +49,11 @@ def attention(rows, head_dim=32, window=None):
                                                 "window": window, "chunk": None})
 
 
+def experts(op, **sizes):
+    return KernelCase(op, "", "none", {"n_tokens": 5, "n_experts": 6, "experts_per_token": 2, "n_in": 64, "n_out": 48,
+                                       "in_out": False, **sizes})
+
+
 def sample(**sizes):
     return KernelCase("sample", "", "none", {"n_rows": 4, "vocab": 512, **sizes})
 
@@ -57,6 +61,10 @@ def sample(**sizes):
 CASES = [
     KernelCase("linear", "", "none", {"n_tokens": 3, "n_in": 64, "n_out": 48}),
     KernelCase("gated_linear", "", "none", {"n_tokens": 3, "n_in": 64, "intermediate": 40}),
+    KernelCase("gated_linear", "", "none", {"n_tokens": 3, "n_in": 64, "intermediate": 40, "activation": "silu"}),
+    experts("moe_gated_linear", by_pair=False, activation="gelu_tanh"),
+    experts("moe_gated_linear", by_pair=True, activation="silu", in_out=True, experts_per_token=1),
+    experts("moe_linear"), experts("moe_linear", in_out=True),
     KernelCase("rms_norm", "", "none", {"n_tokens": 3, "hidden": 64}),
     KernelCase("add_norm", "", "none", {"n_tokens": 3, "hidden": 64, "layer_scalar": True}),
     KernelCase("add_norm", "", "none", {"n_tokens": 3, "hidden": 64, "layer_scalar": False}),
@@ -152,11 +160,23 @@ def test_a_case_is_measured_end_to_end(text, monkeypatch):
     assert all(len(row.stats[side].samples) == 2 for side in ("ours", "theirs"))
 
 
-def test_a_model_that_torch_has_no_branch_for_is_skipped():
-    spec = describe(Config(FAMILIES["gemma3"]))
+@pytest.mark.parametrize("family, words", [
+    ("gemma3", None), ("gemma4", None), ("gemma4-moe", "experts (layer 0)"),
+    ("gemma4-e", "per-layer inputs, K and V of another layer (layer 3)"),
+    ("llama4", "norms that round before the weight, no norms on outputs (layer 0), chunked attention (layer 0), "
+               "interleaved RoPE (layer 0), QK norm without weights (layer 0), a SiLU gate (layer 0), "
+               "experts (layer 1), attention without RoPE (layer 3), a temperature (layer 3), no QK norm (layer 3)")])
+def test_a_model_that_torch_has_no_branch_for_is_refused_by_name(family, words):
+    spec = describe(Config(tiny.flat(family)))
+    assert torch_model.why_not(spec) == words
     first, *rest = spec.layers
-    assert torch_model.why_not(spec) is None
-    assert torch_model.why_not(replace(spec, layers=(replace(first, mlp=MoeSpec(4, 2, 32)), *rest))) == \
-        "layer 0 has AttentionSpec and MoeSpec"
-    assert "chunked" in torch_model.why_not(replace(spec, layers=(
-        replace(first, attention=replace(first.attention, chunk=16)), *rest)))
+    unknown = replace(spec, layers=(replace(first, mlp=object()), *rest)) if words is None else spec
+    assert torch_model.why_not(unknown)
+
+
+def test_what_torch_has_no_branch_for_is_skipped():
+    spec, case = describe(Config(tiny.flat("gemma4-moe"))), parse_case("decode=1*1@20")
+    args, report = Namespace(repeats=2, seed=0, tokens=3), Report()
+    core, _ = against_model.open_core("tiny", spec, CPU, RandomCheckpoint(spec), [case], 16, report, 0)
+    against_model.measure_case(core, "tiny", case, {"torch": TorchPeer}, args, report)
+    assert [skipped["why"] for skipped in report.skipped] == ["the torch model has no branch: experts (layer 0)"]

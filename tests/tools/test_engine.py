@@ -1,4 +1,4 @@
-"""tools/bench.py engine: random weights, seated sequences, the ops of a step, and whole runs on every lane."""
+"""tools/bench.py engine: seated sequences, the ops of a step, and whole runs on every lane."""
 
 import itertools
 import sys
@@ -9,13 +9,12 @@ from types import SimpleNamespace
 from unittest import mock
 
 import bench
-import ml_dtypes
 import numpy as np
 import pytest
 from measure.cases import parse_case
 from measure.models import kind_of
-from measure.random_weights import RandomCheckpoint, slice_of
-from measure.report import BenchError, Report, load_document, rows_of
+from measure.random_weights import RandomCheckpoint
+from measure.report import Report, load_document, rows_of
 from measure.step import engine_case
 from measure.step.seats import WARMUPS, Needs, config_of, open_core, seated, step_of
 from measure.step.timeline import PARTS, Op, attribution, grouped, ops_of, recording
@@ -53,55 +52,6 @@ def bench_json(tmp_path):
         document = load_document(path) if path.exists() else None
         return status, document, rows_of(document) if document else []
     return run
-
-
-# --- random weights
-
-def read(checkpoint, name, begin=0, end=None, dtype=np.float32):
-    shape = checkpoint.tensors[name].shape
-    out = np.empty((int(np.prod(shape)) if end is None else end) - begin, dtype)
-    assert checkpoint.read_range(name, begin, begin + len(out), out) == 2 * len(out)
-    return out
-
-
-def test_weights_depend_on_seed_and_tensor_and_not_on_how_they_are_read():
-    spec = spec_of("gemma3", vocab_size=20000)                      # an embedding of several blocks
-    first, again, other = (RandomCheckpoint(spec, seed) for seed in (3, 3, 4))
-    name = "model.embed_tokens.weight"
-    whole = read(first, name)
-    assert len(whole) > 2 << 18
-    np.testing.assert_array_equal(whole, read(again, name))
-    np.testing.assert_array_equal(whole, read(first, name, dtype=ml_dtypes.bfloat16).astype(np.float32))
-    np.testing.assert_array_equal(whole[1000:600000], read(again, name, 1000, 600000))
-    assert (whole != read(other, name)).mean() > 0.9
-    q, k = (read(first, f"model.layers.0.self_attn.{part}_proj.weight") for part in "qk")
-    assert (q[:len(k)] != k).mean() > 0.9
-
-
-def test_rows_of_a_matrix_differ():
-    checkpoint = RandomCheckpoint(spec_of("gemma3", vocab_size=20000), 0)
-    rows = read(checkpoint, "model.embed_tokens.weight").reshape(20000, 32)
-    assert len(np.unique(rows[:, :4].round(3), axis=0)) > 19000
-
-
-@pytest.mark.parametrize("family", ["gemma3", "gemma4"])
-def test_states_and_logits_stay_of_a_size_at_any_depth(family):
-    kinds = ["sliding_attention", "full_attention"] * 16
-    spec = spec_of(family, num_hidden_layers=32, layer_types=kinds, tie_word_embeddings=False)
-    core, _ = core_of(spec, "prefill=24")
-    probe = Probe(24, 0, spec, "layers")
-    core.loop.submit(list(range(3, 27)), probe)
-    core.loop.step()
-    assert np.isfinite(probe.logits).all() and 0.3 < probe.logits.std() < 3
-    assert (probe.hidden.std(axis=(1, 2)) < 3 * np.sqrt(1 + 2 * np.arange(33))).all()
-
-
-def test_a_slice_has_the_first_layers():
-    spec = spec_of("gemma4")
-    assert slice_of(spec, 2).layers == spec.layers[:2] and slice_of(spec, 2).vocab == spec.vocab
-    for n in (0, 7):
-        with pytest.raises(BenchError, match=f"{n} layers of a model that has 6, expected 1 to 6"):
-            slice_of(spec, n)
 
 
 # --- seats
@@ -248,6 +198,41 @@ def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(family, text, n_
         assert total.flops == least.flops
 
 
+def groups_of(spec, text):
+    core, _ = core_of(spec, text)
+    case = parse_case(text)
+    with seated(core, case.rows, np.random.default_rng(0)) as sequences:
+        batch = step_of(core, sequences, False)()
+        with recording(core) as calls:
+            core.step.run(batch)
+        return {group.name: group for group in grouped(ops_of(calls, core, batch))}
+
+
+@pytest.mark.parametrize("family, launches", [
+    ("gemma4-moe", {"linear router": 6, "router_norm": 6, "moe_route": 6, "moe_gated_linear": 6, "moe_linear down": 6,
+                    "moe_combine": 6, "add_norms": 6, "gated_linear": 6, "linear down": 6}),
+    ("gemma4-e", {"embed per layer": 1, "linear per-layer context": 1, "mix_per_layer": 1, "linear per-layer gate": 6,
+                  "gate_per_layer": 6, "linear per-layer out": 6, "gated_linear": 3, "gated_linear wide": 3,
+                  "linear down wide": 3, "linear q local": 2, "linear q global": 1, "qk_norm_rope_cache q local": 2}),
+    ("llama4", {"linear router": 3, "scale_rows": 3, "moe_gated_linear": 3, "moe_linear down": 3, "gated_linear": 3,
+                "gated_linear shared expert": 3, "linear down shared expert": 3, "attention_temperature": 1,
+                "attention decode chunked": 4 + 1, "qk_norm_rope_cache global": 1})])
+def test_ops_of_other_families_by_name(family, launches):
+    groups = groups_of(spec_of(family), "decode=3*1@40")
+    assert {name: len(groups[name].ops) if name in groups else 0 for name in launches} == launches
+
+
+def test_products_by_expert_keep_the_routes_of_their_layer():
+    """A prompt's last layer computes one row: its few experts are not those of the layers before."""
+    spec = spec_of("gemma4-moe")
+    groups = groups_of(spec, "prefill=24")
+    n_pairs = 24 * spec.layers[0].moe.experts_per_token
+    for op in groups["moe_gated_linear"].ops:
+        routes = op.launch.args[2]
+        assert routes.begins[-1] == n_pairs and op.cost.flops == 2 * n_pairs * 32 * 2 * 12
+    assert groups["moe_gated_linear kept"].ops[0].launch.args[2].begins[-1] == n_pairs // 24
+
+
 def test_layers_of_pools_that_differ_in_size_alone_are_one_group():
     core, _ = core_of(spec_of("gemma3"), "decode=3*1@60")
     assert len({len(pages) for pages in core.kv_cache.k}) == 2
@@ -311,6 +296,16 @@ def test_a_run_on_the_cpu(bench_json):
         assert parts[3] == pytest.approx(found["engine", "step"].stats["ops"].median - kernels, abs=1e-9)
     assert sections(rows, "verify=2*3@40")["step", "linear head"].shape["n_rows"] == 6
     assert sections(rows, "mix=9,2*1@30")["step", "linear head"].shape["n_rows"] == 3
+
+
+def test_a_run_with_the_per_layer_table_on_the_host_says_so(bench_json):
+    model = ["--model", str(GOLDENS / "gemma4-e" / "checkpoint"), "--lane", "emulated", "--case", "decode=2*1@20"]
+    shapes, names = [], []
+    for ple in ("host", "device"):
+        _, _, rows = bench_json(*model, "--ple", ple)
+        shapes.append({row.shape.get("ple") for row in rows})
+        names.append({row.name for row in rows})
+    assert shapes == [{"host"}, {None}] and names[1] - names[0] == {"embed per layer"}
 
 
 def test_a_run_on_the_emulated_lane_counts_and_times_nothing(bench_json):

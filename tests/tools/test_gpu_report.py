@@ -17,8 +17,6 @@ from measure.runs.gpu_parts import chosen, full_parts, quick_parts, too_large
 from measure.runs.parts import Part, Runner, as_markdown, limit_of, why_incomplete
 from measure.runs.suite import read_junit, read_log, read_suite
 
-from engine.models.presets import PRESETS
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -344,12 +342,17 @@ def test_test_files_run_side_by_side_where_they_can(monkeypatch, tmp_path, quick
 
 # --- what a report consists of
 
-def test_parts_of_a_gpu_and_what_does_not_fit_or_is_not_there_yet():
+def test_parts_of_a_gpu_and_what_does_not_fit():
     small, large = ({one.name: one for one in full_parts("cuda", gib << 30)} for gib in (40, 141))
     assert list(small) == list(large)
     assert small["engine-31b"].why_not == "it wants 65 GiB, the GPU has 40" and not large["engine-31b"].why_not
-    assert large["engine-llama-4"].why_not == ("no preset llama-4 yet"
-                                               if not any(name.startswith("llama-4") for name in PRESETS) else "")
+    assert small["engine-26b-a4b"].why_not == "it wants 55 GiB, the GPU has 40" and not large["engine-26b-a4b"].why_not
+    layers = [one["engine-scout-slice"].argv[one["engine-scout-slice"].argv.index("--layers") + 1]
+              for one in (small, large)]
+    assert layers == ["4", "8"] and not small["engine-scout-slice"].why_not
+    assert not small["engine-e4b"].why_not and "host" in small["engine-e4b-host"].argv
+    whole = {one.name: one.why_not for one in full_parts("cuda", 78 << 30) if not one.name.startswith("against")}
+    assert not any(whole.values())
     assert sum(one.least_s for one in large.values()) < gpu_report.LIMIT_S - gpu_report.WRITE_S - parts.END_S
     assert too_large("gemma-4-31b", 24 << 30, 12) == "" and too_large("gemma-4-31b", 16 << 30, 12)
 
@@ -359,7 +362,7 @@ def test_every_command_is_one_that_bench_takes(of, tmp_path):
     import bench
     names = {"{out}": str(tmp_path / "out"), "{scratch}": str(tmp_path), "{ceilings}": "--seed=1"}
     for one in of:
-        if not one.suite and not one.why_not.startswith("no preset"):
+        if not one.suite:
             for short in ((), one.short):
                 words = [names.get(word, word) for word in one.argv[1:] + short]
                 _, args = bench.parse(words)
@@ -369,7 +372,8 @@ def test_every_command_is_one_that_bench_takes(of, tmp_path):
 def test_parts_are_chosen_by_name_or_by_what_it_begins_with():
     names = lambda *choice: [one.name for one in chosen(full_parts("cuda", 1 << 40), *choice)]      # noqa: E731
     assert names(["kernels", "serve"], []) == [
-        "kernels-31b-products", "kernels-31b-attention", "kernels-31b-others", "kernels-1b", "serve"]
+        "kernels-31b-products", "kernels-31b-attention", "kernels-31b-others", "kernels-experts-26b-a4b",
+        "kernels-experts-scout", "kernels-1b", "serve"]
     assert "engine-1b" not in names([], ["engine"]) and "ceilings" in names([], ["engine"])
     with pytest.raises(BenchError, match="no part 'kernel', expected some of ceilings, tests-kernels"):
         names(["kernel"], [])

@@ -75,7 +75,7 @@ def test_shapes_are_the_models():
     assert products == {
         "linear qkv local": (5376, 16384), "linear o local": (8192, 5376), "linear qkv global": (5376, 18432),
         "linear o global": (16384, 5376), "linear down": (21504, 5376), "linear head": (5376, 262144, "float32"),
-        "gated_linear": (5376, 21504)}
+        "gated_linear": (5376, 21504, "gelu_tanh")}
     assert shapes["embed"] == {"n_tokens": 1, "vocab": 262144, "hidden": 5376}
     assert shapes["attention decode global"]["head_dim"] == 512 and shapes["qk_norm_rope_cache global"]["v_is_k"]
 

@@ -12,7 +12,7 @@ import pytest
 from measure import ceilings, kernels
 from measure.ceilings import ceilings_of
 from measure.kernel import compiled, goals, kernel_cases, traffic
-from measure.kernel.kernel_cases import KernelCase, cases_of
+from measure.kernel.kernel_cases import OPS, KernelCase, cases_of
 from measure.report import BenchError, Goal, Report
 
 from engine import cuda_lane
@@ -214,6 +214,19 @@ def test_slices_keep_rows_whole():
         assert s.get("head_dim", 256) in (256, 512) and s.get("n_kv_heads", 0) <= 4
         if case.op == "attention":
             assert s["n_heads"] // s["n_kv_heads"] == {256: 2, 512: 8}[s["head_dim"]]
+
+
+def test_of_further_models_only_what_takes_another_way_is_counted():
+    def of(preset):
+        return cases_of([preset], [1, 64], [1024], [1])
+    first = of(traffic.PRESETS[0])
+    found = traffic.with_other_ways(first, *(of(preset) for preset in traffic.MORE))
+    assert found[:len(first)] == first and {case.op for case in found} == set(OPS)
+    more = [case for case in found[len(first):] if case.preset == "llama-4-scout"]
+    assert {case.op for case in more} >= {"scale_rows", "attention_temperature", "moe_route", "moe_linear"}
+    assert [case for case in more if case.op in ("linear", "select_rows", "embed", "sample")] == []
+    assert {case.sizes["activation"] for case in more if case.op == "gated_linear"} == {"silu"}
+    assert traffic.with_other_ways(found, *(of(preset) for preset in traffic.MORE)) == found
 
 
 def test_resources_of_every_architecture(monkeypatch):

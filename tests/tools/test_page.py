@@ -5,6 +5,7 @@ import json
 import re
 from html.parser import HTMLParser
 from itertools import combinations
+from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
@@ -13,6 +14,8 @@ from measure.pages.page import ORDER, TITLES, html
 from measure.report import SECTIONS, BenchError, Goal, Report, Row, Stat
 from measure.step.timeline import PARTS
 from measure.tables import figure, section_table
+
+from engine.trace import OPS
 
 BYTES_PER_S, FLOPS_PER_S = 4e12, 800e12
 NASTY = "<script>alert('1')</script> & \"quoted\" \x1b[31m \x00 \ud800"
@@ -357,3 +360,11 @@ def test_the_page_leaves_the_document_alone():
     after = copy.deepcopy(before)
     page.html(after)
     assert after == before
+
+
+def test_every_op_has_a_colour():
+    assert set(charts.FAMILIES) == set(OPS)
+    style = (Path(page.__file__).parent / "page.css").read_text()
+    for family in charts.FAMILY_NAMES:
+        assert family in {*charts.FAMILIES.values(), "other"}
+        assert f".{family} {{ --hue: var(--{family}); }}" in style and style.count(f"--{family}: #") == 2

@@ -4,7 +4,7 @@
     python tools/bench.py against --preset gemma-4-31b --op attention,linear     # kernels
     python tools/bench.py against --preset gemma-4-31b --layers 12 --case 'decode={1,8}*1@1024' --case prefill=8192
 
-Kernel peers: torch (cuBLAS, F.rms_norm), compiled (torch.compile), sdpa, flex, flashinfer where it is installed. Model
+Kernel peers: torch (cuBLAS, grouped_mm), compiled (torch.compile), sdpa, flex, flashinfer where it is there. Model
 peers: a torch model on our own weights, compiled or not. A peer whose output differs is reported and not timed.
 """
 

@@ -27,7 +27,7 @@ from engine.errors import MemoryPlanError
 from engine.tensors import n_weights
 from measure.cases import parse_cases, whole
 from measure.ceilings import ceilings_of
-from measure.models import add_model_arguments, models_of
+from measure.models import add_model_arguments, add_ple, models_of
 from measure.report import BenchError
 from measure.step.engine_case import EMULATED_STEPS, EngineCase
 from measure.step.ranges import marked
@@ -50,6 +50,7 @@ def add_arguments(parser):
     parser.add_argument("--page-size", type=whole(1), default=16, metavar="N", help="tokens of one KV page")
     parser.add_argument("--graphs", action=BooleanOptionalAction, default=True,
                         help="replay decode steps as CUDA graphs")
+    add_ple(parser)
     parser.add_argument("--gemm", choices=["own", "cublas"], default="own", help="matrix products on cuda")
     parser.add_argument("--ops", action=BooleanOptionalAction, default=True, help="the table of a step's ops")
     parser.add_argument("--nvtx", action="store_true", help="mark steps, layers and ops for a profiler; no graphs then")
@@ -92,7 +93,8 @@ def measure_model(model, lane, ceilings, args, report):
             needs.append(need)
     if not needs:
         return
-    options = {"page_size": args.page_size, "gemm": args.gemm, "graphs": args.graphs and not args.nvtx}
+    options = {"page_size": args.page_size, "gemm": args.gemm, "ple": args.ple,
+               "graphs": args.graphs and not args.nvtx}
     with model.checkpoint(args.seed) as checkpoint:
         core, needs = open_core(model.name, model.spec, needs, lane, checkpoint, report, options, args.seed)
     with marked(core) if args.nvtx else nullcontext():

@@ -44,6 +44,11 @@ def add_model_arguments(parser):
     parser.add_argument("--layers", type=whole(1), metavar="N", help="only the first N layers of each preset")
 
 
+def add_ple(parser):
+    parser.add_argument("--ple", choices=["device", "host"], default="device",
+                        help="where the table of per-layer inputs is, of models that have one")
+
+
 def models_of(args, default):
     """[Model] of --preset, --model and --layers; without any the presets `default`. Raises BenchError."""
     from engine.models import describe

@@ -86,6 +86,13 @@ class RandomCheckpoint:
         self._values.write(out, begin, tensor.number, prod(tensor.shape), tensor.mean, tensor.std)
         return DTYPE.itemsize * (end - begin)
 
+    def view(self, name):
+        """The whole tensor in memory, bfloat16, read-only: what a table that stays on the host is read from."""
+        out = np.empty(self.tensors[name].shape, DTYPE)
+        self.read_range(name, 0, out.size, out.reshape(-1))
+        out.flags.writeable = False
+        return out
+
 
 def _moments(spec, target, shape):
     """(mean, standard deviation) of a tensor's values."""
@@ -94,7 +101,16 @@ def _moments(spec, target, shape):
     if len(shape) == 1:                                                         # a layer's scalar, a router's scales
         return 1.0, 0.0
     tables = {"embed": spec.embed_scale, "per_layer_embed": spec.per_layer_scale}
-    return 0.0, 1 / tables[target.name] if target.name in tables else target.n_in ** -0.5
+    if target.name in tables:
+        return 0.0, 1 / tables[target.name]
+    return 0.0, 1.0 if _reads_unit_rows(spec, target) else target.n_in ** -0.5
+
+
+def _reads_unit_rows(spec, target):
+    """Whether it is a router whose norm gives it rows of length 1, where others have values of about 1: with weights as
+    small as theirs all experts would weigh the same."""
+    owner, _, attribute = target.name.rpartition(".")
+    return attribute == "router" and spec.layers[int(owner.split(".")[1])].moe.routing == "softmax"
 
 
 def _multiplier(spec, target):
@@ -107,7 +123,8 @@ def _multiplier(spec, target):
 
 
 def slice_of(spec, n_layers):
-    """The first n_layers of a ModelSpec, of true width, between its embedding and its head."""
+    """The first n_layers of a ModelSpec, of true width, between its embedding and its head. A layer that reads
+    another's K and V comes after it, so the slice has both."""
     if not 1 <= n_layers <= len(spec.layers):
         raise BenchError(f"{n_layers} layers of a model that has {len(spec.layers)}, expected 1 to {len(spec.layers)}")
     return replace(spec, layers=spec.layers[:n_layers])

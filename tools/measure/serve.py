@@ -15,7 +15,7 @@ import gc
 import math
 
 from measure.cases import whole
-from measure.models import add_model_arguments, models_of
+from measure.models import add_model_arguments, add_ple, models_of
 from measure.report import BenchError, Row
 from measure.requests.arrivals import draw_requests, longest
 from measure.requests.playing import play
@@ -62,6 +62,7 @@ def share(text):
 
 def add_arguments(parser):
     add_model_arguments(parser)
+    add_ple(parser)
     parser.set_defaults(repeats=1)          # the requests of a trace are samples already
     parser.add_argument("--requests", type=whole(1), default=64, metavar="N", help="of a trace")
     parser.add_argument("--rate", type=rate_list, default="4,8,inf", metavar="LIST",
@@ -117,7 +118,8 @@ def serve_model(args, report, model, lane):
 
 
 def shape_of(args, model, rate):
-    return {"lane": args.lane, "layers": model.n_layers, "rate": "inf" if rate == math.inf else rate,
+    ple = {"ple": "host"} if args.ple == "host" and model.spec.per_layer_input else {}
+    return {"lane": args.lane, "layers": model.n_layers, **ple, "rate": "inf" if rate == math.inf else rate,
             "requests": args.requests, "input": args.input, "output": args.output, "spread": args.length_spread,
             "shared_prefix": args.shared_prefix, "max_concurrency": args.max_concurrency, "max_seqs": args.max_seqs,
             "max_batch_tokens": args.max_batch_tokens, "slo_ttft": args.slo_ttft, "slo_tpot": args.slo_tpot}
@@ -135,7 +137,7 @@ def core_for(args, model, lane):
     from engine.core import Core
     n_longest = sum(longest(mean, args.length_spread) for mean in (args.input, args.output))
     config = EngineConfig(device=args.lane, max_seqs=args.max_seqs, max_batch_tokens=args.max_batch_tokens,
-                          max_seq_len=max(n_longest, 2 * args.max_seqs + 1))
+                          max_seq_len=max(n_longest, 2 * args.max_seqs + 1), ple=args.ple)
     with model.checkpoint(args.seed) as checkpoint:
         return Core.open(model.spec, config, lane, checkpoint)
 

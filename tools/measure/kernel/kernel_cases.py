@@ -202,7 +202,8 @@ def _shapes(spec, sweep):
             if n > decode_most:
                 yield "attention", f"prefill {kind_of(a)}", _attention(a, [(1, n, n)])
         for mlp in mlps:
-            yield "gated_linear", "", {"n_tokens": n, "n_in": spec.hidden, "intermediate": mlp.intermediate}
+            yield "gated_linear", "", {"n_tokens": n, "n_in": spec.hidden, "intermediate": mlp.intermediate,
+                                       "activation": mlp.activation}
             yield "linear", "down", {"n_tokens": n, "n_in": mlp.intermediate, "n_out": spec.hidden}
         for n_experts in routers:
             yield "linear", "router", {"n_tokens": n, "n_in": spec.hidden, "n_out": n_experts}

@@ -54,14 +54,15 @@ class GatedLinear(Op):
                 "out": data.empty((n, n_out)), "scratch": first["scratch"] if first else data.scratch(*sizes)}
 
     def call(self, a, s):
-        return (a["x"], a["weight"], a["out"], a["scratch"]), {}
+        return (a["x"], a["weight"], a["out"], a["scratch"], s.get("activation", "gelu_tanh")), {}
 
     def compare(self, lane, a, s, run):
         run()
         tokens, columns = spread(s["n_tokens"], 8), columns_in_runs(s["intermediate"], 256)
         rows = [*columns, *(s["intermediate"] + i for i in columns)]
         want = np.empty((len(tokens), len(columns)))
-        reference.gated_linear(f64(rows_of(lane, a["x"], tokens)), f64(taken(lane, a["weight"], rows)), want)
+        reference.gated_linear(f64(rows_of(lane, a["x"], tokens)), f64(taken(lane, a["weight"], rows)), want,
+                               activation=s.get("activation", "gelu_tanh"))
         yield Comparison("out", rows_of(lane, a["out"], tokens)[:, columns], want, ONE_ROUNDING)
 
 

@@ -24,9 +24,11 @@ from measure.kernel.kernel_inputs import Data
 from measure.report import BenchError, Goal, Row, Stat
 
 PRESETS = ["gemma-3-1b", "gemma-4-31b"]
+MORE = ["gemma-4-26b-a4b", "gemma-4-e2b", "llama-4-scout"]      # of which only what takes another way than all before
 N_TOKENS, CONTEXTS, BATCHES = [1, 16, 64], [1024], [1]
 # Of a slice, at most.
-MOST = {"n_out": 256, "intermediate": 128, "n_kv_heads": 4, "n_experts": 32}
+MOST = {"n_out": 256, "intermediate": 128, "n_kv_heads": 4, "n_experts": 16}
+MOST_OF_EXPERT = 128                # columns that one expert gives
 MOST_ROTATED = 32                   # tokens of qk_norm_rope_cache: their angles are under 64 KB, which heads share
 VOCAB = 4096                        # rows of an embedding table; logits have all of theirs
 SLACK = 1.1                         # of the cost: sectors that are not whole, index lists
@@ -40,8 +42,9 @@ TILES = "every tile of weights reads its tokens anew, from the L2 cache"
 
 def run(args, report, lane):
     """A row for each slice, and one for each kernel on each architecture. 1 where a goal is missed."""
-    cases = sliced(cases_of(args.preset or PRESETS, args.n_tokens or N_TOKENS, args.context or CONTEXTS,
-                            args.batch or BATCHES, args.op))
+    def of(presets):
+        return cases_of(presets, args.n_tokens or N_TOKENS, args.context or CONTEXTS, args.batch or BATCHES, args.op)
+    cases = sliced(of(args.preset) if args.preset else with_other_ways(of(PRESETS), *(of([one]) for one in MORE)))
     built = {}
     with Data(lane, np.random.default_rng(args.seed)) as data:
         for case in report.bar(cases, "traffic"):
@@ -54,12 +57,30 @@ def run(args, report, lane):
     return 0 if report.is_met else 1
 
 
+def with_other_ways(cases, *more):
+    """The cases, and those of each further list whose op takes a way through its kernel that none before it takes."""
+    found = list(cases)
+    for others in more:
+        known = {_way(case) for case in found}
+        found += [case for case in others if _way(case) not in known]
+    return found
+
+
+def _way(case):
+    """An op and all of its sizes that are no numbers: flags, names, and whether there is a window or RoPE."""
+    def kind(value):
+        return value if isinstance(value, (bool, str, type(None))) else "some"
+    return case.op, tuple(sorted((key, kind(value)) for key, value in case.sizes.items()))
+
+
 def sliced(cases):
     """The cases at sizes that the emulator has time for; those that become the same, once."""
     found = {}
     for case in cases:
         s = {key: min(value, MOST.get(key, value)) if value is not None and key in MOST else value
              for key, value in case.sizes.items()}
+        if "n_experts" in s and "n_out" in s:
+            s["n_out"] = min(MOST_OF_EXPERT, s["n_out"])
         if "n_heads" in s:
             s["n_heads"] = case.sizes["n_heads"] // case.sizes["n_kv_heads"] * s["n_kv_heads"]
         if case.op == "qk_norm_rope_cache":

@@ -12,13 +12,14 @@ from math import cos, log10, pi, sin
 from measure.tables import figure, scale_of
 
 # Of an op's name. A name that is not here is of "other".
-FAMILIES = {"linear": "matrix", "gated_linear": "matrix", "attention": "attention", "add_norm": "norm",
-            "rms_norm": "norm", "add_norms": "norm", "router_norm": "norm", "mix_per_layer": "norm",
-            "qk_norm_rope_cache": "rope", "rope_angles": "rope", "attention_temperature": "rope", "embed": "move",
-            "select_rows": "move", "scale_rows": "move", "logit_softcap": "sample", "sample": "sample",
-            "top_logprobs": "sample", "apply_edits": "sample"}
-FAMILY_NAMES = {"matrix": "matrix products", "attention": "attention", "norm": "norms", "rope": "QK norm, RoPE, cache",
-                "move": "gathers", "sample": "logits and sampling", "other": "other"}
+FAMILIES = {"linear": "matrix", "gated_linear": "matrix", "moe_gated_linear": "expert", "moe_linear": "expert",
+            "moe_route": "expert", "moe_combine": "expert", "scale_rows": "expert", "attention": "attention",
+            "add_norm": "norm", "rms_norm": "norm", "add_norms": "norm", "router_norm": "norm", "mix_per_layer": "norm",
+            "gate_per_layer": "norm", "qk_norm_rope_cache": "rope", "rope_angles": "rope",
+            "attention_temperature": "rope", "embed": "move", "select_rows": "move", "logit_softcap": "sample",
+            "sample": "sample", "top_logprobs": "sample", "apply_edits": "sample"}
+FAMILY_NAMES = {"matrix": "matrix products", "expert": "experts", "attention": "attention", "norm": "norms and gates",
+                "rope": "QK norm, RoPE, cache", "move": "gathers", "sample": "logits and sampling", "other": "other"}
 MARGIN = 3                      # a plot's axes end a factor beyond its figures
 CHAR, LINE = 7, 13              # px of a character and a line of a plot's text; no font is wider at 11 px
 RADIUS = 4                      # px of a point

@@ -9,7 +9,7 @@ from measure.tables import figure, number, scale_of
 MOST_LOSSES = 10
 # Of PARTS: {name: (kind, words)}.
 BESIDE = {"gaps": ("gap", "gaps between kernels"), "host": ("host", "host, outside the launches")}
-CASE = ("preset", "model", "layers", "case", "lane")              # of a row's shape: what says which step it is of
+CASE = ("preset", "model", "layers", "case", "lane", "ple")         # of a row's shape: what says which step it is of
 KEY = ('<span class="segment-key">at the ceilings</span><span class="segment-key rest">lost</span>'
        '<span class="segment-key gap">gaps and host</span>')
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import numpy as np
 
+from measure import checkpoint_files
 from measure.peer.against_model import FLOAT32_BOUND
-from measure.peer.checkpoints import SHAPES, is_written
+from measure.peer.checkpoints import SHAPES, kv_bytes, matrices, token_bytes, weight_bytes
 from measure.peer.turns import SETTLE_S, compared
 from measure.report import BenchError, Goal, Row, Stat
 
@@ -37,7 +38,7 @@ LEAST_RATIO = {
     "load, fresh process": 1.0,
     "load, again": 1.0,
     "prefill": 1.0,
-    "decode, batch 1": {"tiny": 4.0, "small": 2.5, "270m": 1.2},
+    "decode, batch 1": {**dict.fromkeys(SHAPES, 1.0), "tiny": 4.0, "small": 2.5, "270m": 1.2},
     "decode, batch 8": 1.0,
 }
 # Our own median, at most. Below 270m the interpreter outweighs the weights.
@@ -105,7 +106,7 @@ class Samples(dict):
 def random_prompts(shape, n, length, seed):
     """n prompts of `length` token ids. A new seed a repeat, so that nothing can be kept from the one before."""
     draw = random.Random(f"{shape.name} {n} {length} {seed}")
-    return [[draw.randrange(FIRST_ID, shape.vocab) for _ in range(length)] for _ in range(n)]
+    return [[draw.randrange(FIRST_ID, shape.spec.vocab) for _ in range(length)] for _ in range(n)]
 
 
 def agreement(ours, theirs):
@@ -114,15 +115,14 @@ def agreement(ours, theirs):
             for x, y in zip(ours, theirs, strict=True)]
 
 
-def ready_checkpoint(shape, directory, seed):
-    """Writes the checkpoint unless it is there, and reads it into the page cache, for both sides alike."""
-    if not is_written(shape, directory):
-        from measure.peer.checkpoints import write_checkpoint
-        write_checkpoint(shape, directory, seed)
+def ready_checkpoint(shape, folder, seed):
+    """The directory of the checkpoint, written unless it is there, and read into the page cache for both sides."""
+    directory = checkpoint_files.written(shape, folder, seed)
     for file in directory.iterdir():
         with open(file, "rb") as stream:
             while stream.read(1 << 24):
                 pass
+    return directory
 
 
 def error_of(ours, theirs, prompts, n_tokens):
@@ -201,8 +201,8 @@ def measure_warm(shape, path, workers, gemv, args, bar):
             if repeat < 0:
                 agree[batch] = agreement(*(tokens[side] for side in SIDES))
         if repeat >= 0:
-            for name, matrices in (("gemv", shape.matrices()), ("gemv, square", SQUARE)):
-                samples.add(name, "gemv", gemv.ask("gemv", matrices=matrices)["bytes_per_s"])
+            for name, products in (("gemv", matrices(shape.spec)), ("gemv, square", SQUARE)):
+                samples.add(name, "gemv", gemv.ask("gemv", matrices=products)["bytes_per_s"])
         bar.update(1)
     return samples, agree
 
@@ -243,10 +243,10 @@ def rows_of(shape, samples, facts, args):
 
 def bench_shape(shape, args, report):
     """Measures one shape; adds its rows to the report, and its facts and the sides' versions. Whether outputs agree."""
-    path = args.cache / f"{shape.name}-seed{args.seed}"
-    ready_checkpoint(shape, path, args.seed)
+    path = ready_checkpoint(shape, args.cache, args.seed)
     max_seq_len = max(args.prefill, PROMPT_TOKENS + args.decode) + 1
-    options = {"device": "cpu", "threads": args.threads, "max_seqs": max(args.batch), "max_seq_len": max_seq_len}
+    options = {"device": "cpu", "threads": args.threads, "max_seqs": max(args.batch), "max_seq_len": max_seq_len,
+               "architecture": shape.config["architectures"][0]}
     if not compare(shape, path, options, args, report):
         return False
     with report.bar(2 * (args.repeats + 1), f"{shape.name}: fresh processes, then in turns") as bar:
@@ -258,10 +258,11 @@ def bench_shape(shape, args, report):
     samples.update(warm)
     for worker in workers.values():
         report.versions.update(worker.hello["versions"])
-    floor_bytes = shape.weight_bytes() + shape.kv_bytes(max_seq_len)
-    facts = {"config": shape.config(), "weight_bytes": shape.weight_bytes(), "token_bytes": shape.token_bytes(),
-             "floor_bytes": floor_bytes, "agree": agree, "agree_of": min(AGREE_TOKENS, args.decode),
-             "gemv_bytes_per_s": samples["gemv"]["gemv"], "square_gemv_bytes_per_s": samples["gemv, square"]["gemv"]}
+    spec = shape.spec
+    facts = {"config": shape.config, "weight_bytes": weight_bytes(spec), "token_bytes": token_bytes(spec),
+             "floor_bytes": weight_bytes(spec) + kv_bytes(spec, max_seq_len), "agree": agree,
+             "agree_of": min(AGREE_TOKENS, args.decode), "gemv_bytes_per_s": samples["gemv"]["gemv"],
+             "square_gemv_bytes_per_s": samples["gemv, square"]["gemv"]}
     report.facts.setdefault("models", {})[shape.name] = facts
     for row in rows_of(shape, samples, facts, args):
         report.add(row)

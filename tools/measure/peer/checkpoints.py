@@ -1,121 +1,102 @@
-"""Random Gemma 3 text checkpoints in the released layout, to measure with: real shapes, seeded weights, no meaning.
+"""The models of against --lane cpu --peer transformers: released configs at sizes that a small machine runs, and what
+their random weights weigh in float32."""
 
-NumPy is imported where weights are made: the command line reads the shapes from here.
-"""
-
-import json
-from dataclasses import dataclass
 from math import prod
-from pathlib import Path
+
+from engine.kv_cache import pool_specs
+from engine.models import describe
+from engine.models.presets import GLOBAL, PRESETS, SLIDING
+from engine.tensors import n_weights, targets
+from loaders.config import Config
+from measure.models import Model
 
 F32_BYTES = 4
+TABLES = ("embed", "per_layer_embed")       # of which a token reads a row
+NOT_FOR_PEERS = ("cache_implementation",)   # what else would choose transformers' KV cache
 
 
-@dataclass(frozen=True)
-class Shape:
-    """The sizes in Gemma 3's config.json; every `pattern`-th layer is global, the others see `window` tokens."""
-
-    name: str
-    hidden: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    vocab: int
-    window: int = 512
-    pattern: int = 6
-
-    def config(self):
-        """config.json as released files spell it (the flat RoPE fields)."""
-        return {
-            "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "torch_dtype": "bfloat16",
-            "hidden_size": self.hidden, "num_hidden_layers": self.layers, "intermediate_size": self.intermediate,
-            "num_attention_heads": self.heads, "num_key_value_heads": self.kv_heads, "head_dim": self.head_dim,
-            "query_pre_attn_scalar": self.head_dim, "vocab_size": self.vocab, "max_position_embeddings": 32768,
-            "sliding_window": self.window, "sliding_window_pattern": self.pattern,
-            "rope_theta": 1000000, "rope_local_base_freq": 10000, "rope_scaling": None,
-            "hidden_activation": "gelu_pytorch_tanh", "rms_norm_eps": 1e-6,
-            "attention_bias": False, "attention_dropout": 0.0, "attn_logit_softcapping": None,
-            "final_logit_softcapping": None, "use_cache": True,
-            "bos_token_id": 2, "eos_token_id": [1, 106], "pad_token_id": 0,
-        }
-
-    def tensors(self):
-        """{checkpoint name: shape}. Linear weights are [out, in]; the head is the embedding itself."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        layer = {
-            "input_layernorm": (self.hidden,),
-            "self_attn.q_proj": (q, self.hidden),
-            "self_attn.k_proj": (kv, self.hidden),
-            "self_attn.v_proj": (kv, self.hidden),
-            "self_attn.o_proj": (self.hidden, q),
-            "self_attn.q_norm": (self.head_dim,),
-            "self_attn.k_norm": (self.head_dim,),
-            "post_attention_layernorm": (self.hidden,),
-            "pre_feedforward_layernorm": (self.hidden,),
-            "mlp.gate_proj": (self.intermediate, self.hidden),
-            "mlp.up_proj": (self.intermediate, self.hidden),
-            "mlp.down_proj": (self.hidden, self.intermediate),
-            "post_feedforward_layernorm": (self.hidden,),
-        }
-        layers = {f"model.layers.{i}.{name}.weight": shape
-                  for i in range(self.layers) for name, shape in layer.items()}
-        return {"model.embed_tokens.weight": (self.vocab, self.hidden), **layers,
-                "model.norm.weight": (self.hidden,)}
-
-    def matrices(self):
-        """The [out, in] matrices that one decoded token multiplies by: every linear layer and the head, each once."""
-        return [shape for shape in self.tensors().values() if len(shape) == 2]
-
-    def weight_bytes(self):
-        """Bytes of all weights in float32."""
-        return F32_BYTES * sum(prod(shape) for shape in self.tensors().values())
-
-    def token_bytes(self):
-        """Bytes of float32 weights that one decoded token reads."""
-        return F32_BYTES * sum(prod(shape) for shape in self.matrices())
-
-    def kv_bytes(self, n_tokens):
-        """Bytes of float32 keys and values that n_tokens of one sequence need; a sliding layer keeps one window."""
-        n_global = self.layers // self.pattern
-        kept = n_global * n_tokens + (self.layers - n_global) * min(n_tokens, self.window)
-        return F32_BYTES * 2 * self.kv_heads * self.head_dim * kept
+def shape(name, preset, architecture, **sizes):
+    """A Model: the text part of a released config as a text-only checkpoint of that architecture, other `sizes`."""
+    released = PRESETS[preset]
+    config = {"architectures": [architecture], **released.get("text_config", released), **sizes}
+    config = {key: value for key, value in config.items() if key not in NOT_FOR_PEERS}
+    return Model(name, describe(Config(config, name)), None, config)
 
 
-#                          hidden layers heads kv head_dim intermediate vocab
-SHAPES = {shape.name: shape for shape in (
-    Shape("tiny",              64,     6,    4, 1,      32,         256,  4096),
-    Shape("small",            256,     6,    4, 2,      64,        1024,  8192),
-    Shape("270m",             640,    18,    4, 1,     256,        2048, 262144),      # gemma-3-270m's
+def _gemma3(name, hidden, n_layers, n_heads, n_kv_heads, head_dim, intermediate, vocab, window=512, pattern=6):
+    kinds = [GLOBAL if i % pattern == pattern - 1 else SLIDING for i in range(n_layers)]
+    return shape(name, "gemma-3-270m", "Gemma3ForCausalLM", hidden_size=hidden, num_hidden_layers=n_layers,
+                 num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=head_dim,
+                 query_pre_attn_scalar=head_dim, intermediate_size=intermediate, vocab_size=vocab,
+                 sliding_window=window, _sliding_window_pattern=pattern, layer_types=kinds)
+
+
+def _gemma4(name, preset, kinds, hidden, n_heads, n_kv_heads, head_dim, intermediate, vocab, **sizes):
+    return shape(name, preset, "Gemma4ForCausalLM", hidden_size=hidden, num_hidden_layers=len(kinds),
+                 layer_types=kinds, num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=head_dim,
+                 global_head_dim=2 * head_dim, intermediate_size=intermediate, vocab_size=vocab,
+                 vocab_size_per_layer_input=vocab, sliding_window=512, **sizes)
+
+
+def _gemma4_moe(name, *sizes, n_experts, n_chosen, width):
+    return _gemma4(name, "gemma-4-26b-a4b", [*[SLIDING] * 5, GLOBAL], *sizes, num_global_key_value_heads=1,
+                   num_experts=n_experts, top_k_experts=n_chosen, moe_intermediate_size=width)
+
+
+def _gemma4_e(name, *sizes, per_layer):
+    return _gemma4(name, "gemma-4-e2b", [*[SLIDING] * 4, GLOBAL] * 2, *sizes, num_kv_shared_layers=5,
+                   hidden_size_per_layer_input=per_layer)
+
+
+def _llama4(name, hidden, n_heads, n_kv_heads, head_dim, intermediate, vocab, n_experts, chunk=256):
+    return shape(name, "llama-4-scout", "Llama4ForCausalLM", hidden_size=hidden, num_hidden_layers=8,
+                 num_attention_heads=n_heads, num_key_value_heads=n_kv_heads, head_dim=head_dim,
+                 intermediate_size=intermediate, intermediate_size_mlp=2 * intermediate, vocab_size=vocab,
+                 num_local_experts=n_experts, attention_chunk_size=chunk, floor_scale=chunk, bos_token_id=2,
+                 eos_token_id=[1], pad_token_id=0)
+
+
+# Sizes in order: hidden, (layers of Gemma 3), query heads, KV heads, head_dim, intermediate, vocabulary
+SHAPES = {model.name: model for model in (
+    _gemma3("tiny", 64, 6, 4, 1, 32, 256, 4096),
+    _gemma3("small", 256, 6, 4, 2, 64, 1024, 8192),
+    _gemma3("270m", 640, 18, 4, 1, 256, 2048, 262144),          # gemma-3-270m's
+    _gemma4_moe("gemma4-moe-tiny", 64, 4, 2, 32, 64, 4096, n_experts=16, n_chosen=4, width=32),
+    _gemma4_moe("gemma4-moe-small", 256, 4, 2, 64, 192, 8192, n_experts=64, n_chosen=8, width=128),
+    _gemma4_e("gemma4-e-tiny", 64, 4, 1, 32, 128, 4096, per_layer=16),
+    _gemma4_e("gemma4-e-small", 256, 4, 1, 64, 1024, 8192, per_layer=64),
+    _llama4("llama4-tiny", 64, 4, 1, 32, 128, 4096, n_experts=8),
+    _llama4("llama4-small", 256, 4, 2, 64, 512, 8192, n_experts=16),
 )}
 
 
-def random_weights(shape, seed):
-    """{name: bfloat16 array}. Matrices keep unit variance (so logits spread and layers matter); norms vary around 1."""
-    import ml_dtypes
-    import numpy as np
-    rng = np.random.default_rng(seed)
-    weights = {}
-    for name, dims in shape.tensors().items():
-        values = rng.standard_normal(dims, dtype=np.float32)
-        values *= dims[-1] ** -0.5 if len(dims) == 2 else 0.1      # a norm's file holds w where it multiplies by 1 + w
-        weights[name] = values.astype(ml_dtypes.bfloat16)
-    return weights
+def matrices(spec):
+    """The [out, in] matrices that one decoded token multiplies by: every linear layer, its experts and the head, each
+    once."""
+    found = []
+    for target in targets(spec, untied_head=not spec.tied):
+        if target.name in TABLES and not (target.name == "embed" and spec.tied):
+            continue
+        for _, dims in target.parts:
+            if len(dims) == 2:
+                found.append(dims)
+            elif len(dims) == 3:                                # of each expert, of which a token meets a few
+                layer = spec.layers[int(target.name.split(".")[1])]
+                found += [dims[:0:-1] if target.in_out else dims[1:]] * layer.moe.experts_per_token
+    return found
 
 
-def write_checkpoint(shape, directory, seed=0):
-    """Writes model.safetensors, generation_config.json and, last, config.json: where that stands, all of it does."""
-    from safetensors.numpy import save_file
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    save_file(random_weights(shape, seed), directory / "model.safetensors", metadata={"format": "pt"})
-    ends = {key: shape.config()[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    (directory / "generation_config.json").write_text(json.dumps(ends, indent=2))
-    (directory / "config.json").write_text(json.dumps(shape.config(), indent=2))
+def weight_bytes(spec):
+    """Bytes of all weights in float32."""
+    return F32_BYTES * n_weights(spec)
 
 
-def is_written(shape, directory):
-    """Whether the directory holds this shape, whole: config.json is written last and holds every size."""
-    config = Path(directory) / "config.json"
-    return config.is_file() and json.loads(config.read_text()) == shape.config()
+def token_bytes(spec):
+    """Bytes of float32 weights that one decoded token reads."""
+    return F32_BYTES * sum(map(prod, matrices(spec)))
+
+
+def kv_bytes(spec, n_tokens):
+    """Bytes of float32 keys and values that n_tokens of one sequence need; a local layer keeps a window or a chunk."""
+    return sum(pool.token_bytes(F32_BYTES) * min(n_tokens, pool.window or pool.chunk or n_tokens)
+               for pool in pool_specs(spec))

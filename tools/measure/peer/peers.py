@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from measure.kernel.kernel_inputs import EPS, WEIGHT_OFFSET, spread
-from measure.peer import peer_attention
+from measure.peer import peer_attention, peer_experts
 from measure.peer.torch_arrays import as_numpy, as_torch, compiled
 
 # Of a row, ||theirs - ours|| / ||ours||. In bfloat16 both sides round the result, and a peer of several steps rounds
@@ -120,10 +120,15 @@ def linear(x, weight):
     return F.linear(x, weight)
 
 
-def gated(x, weight):
-    import torch.nn.functional as F
-    gate, up = F.linear(x, weight).chunk(2, -1)
-    return F.gelu(gate, approximate="tanh") * up
+def gated(is_compiled=False):
+    """A build of gated_linear, with the activation of the case."""
+    def build(prepared):
+        activation = prepared.case.sizes.get("activation", "gelu_tanh")
+
+        def run(x, weight):
+            return peer_experts.gate(linear(x, weight), activation)
+        return (compiled_on_sets if is_compiled else on_sets)(run, "x", "weight")(prepared)
+    return build
 
 
 def written_norm(x, weight):
@@ -210,8 +215,10 @@ PEERS = (
     Peer("torch", "linear", "F.linear", on_sets(linear, "x", "weight"),
          notes=narrow_logits),
     Peer("compiled", "linear", "F.linear", compiled_on_sets(linear, "x", "weight"), notes=narrow_logits),
-    Peer("torch", "gated_linear", "F.linear, F.gelu", on_sets(gated, "x", "weight")),
-    Peer("compiled", "gated_linear", "F.linear, F.gelu", compiled_on_sets(gated, "x", "weight")),
+    Peer("torch", "gated_linear", "F.linear, gate", gated()),
+    Peer("compiled", "gated_linear", "F.linear, gate", gated(is_compiled=True)),
+    *(Peer(name, op, what, peer_experts.experts(product, name == "compiled"), lanes=lanes, notes=peer_experts.notes)
+      for op in ("moe_gated_linear", "moe_linear") for name, what, product, lanes in peer_experts.WAYS),
     Peer("torch", "rms_norm", "F.rms_norm", library_norm),
     Peer("compiled", "rms_norm", "written out", compiled_on_sets(written_norm, "x", "weight")),
     Peer("compiled", "add_norm", "written out", compiled_add_norm,
@@ -227,16 +234,17 @@ PEERS = (
     Peer("flashinfer", "attention", "paged, on our pages", peer_attention.flashinfer, ("torch", "flashinfer"),
          refuses=peer_attention.why_not, **GPU),
 )
-# What a --peer names that has no kernel here yet.
-NOT_YET = {"triton": "fused MoE: there is no MoE op yet to set beside it"}
+# What a --peer names that has no kernel here.
+NOT_HERE = {"triton": "no fused MoE kernel in Triton comes with this checkout; torch's F.grouped_mm, and a loop, stand "
+                      "beside moe_gated_linear and moe_linear (--peer torch,compiled)"}
 
 
 def kernel_peers(names, lane, report):
     """The peers asked for that run on the lane; the others are skipped with the reason."""
     found = []
     for name in names:
-        if name in NOT_YET:
-            report.skip(f"kernels: {name}", NOT_YET[name])
+        if name in NOT_HERE:
+            report.skip(f"kernels: {name}", NOT_HERE[name])
     for peer in PEERS:
         if peer.name in names:
             reason = peer.available(lane)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from engine.models.spec import AttentionSpec, DenseSpec
+from engine.models.spec import AttentionSpec, DenseSpec, MoeSpec
 from engine.workspace import ropes
 from measure.peer.torch_arrays import as_torch
 
@@ -18,13 +18,30 @@ MOST_FUSED_HEAD_DIM = 256       # SDPA's kernels that take fewer KV heads than q
 
 def why_not(spec):
     """What of a ModelSpec this model has no code for, or None."""
+    found = {}
+    if spec.per_layer_input:
+        found["per-layer inputs"] = None
+    if spec.norm_rounds_first:
+        found["norms that round before the weight"] = None
     for i, layer in enumerate(spec.layers):
-        attention = layer.attention
-        if type(attention) is not AttentionSpec or type(layer.mlp) is not DenseSpec:
-            return f"layer {i} has {type(attention).__name__} and {type(layer.mlp).__name__}"
-        if attention.chunk is not None or attention.rope.interleaved or layer.kv_from is not None:
-            return f"layer {i} has chunked attention, interleaved RoPE or shared K and V"
-    return "it has per-layer inputs" if spec.per_layer_input else None
+        for words in _unknown(layer):
+            found.setdefault(words, i)
+    return ", ".join(words if i is None else f"{words} (layer {i})" for words, i in found.items()) or None
+
+
+def _unknown(layer):
+    """What of a LayerSpec there is no code for, in words."""
+    attention, mlp = layer.attention, layer.mlp
+    if type(attention) is not AttentionSpec or type(mlp) not in (DenseSpec, MoeSpec):
+        return [f"{type(attention).__name__} and {type(mlp).__name__}"]
+    rope, dense = attention.rope, layer.dense
+    has = {"experts": layer.moe is not None, "K and V of another layer": layer.kv_from is not None,
+           "no norms on outputs": not layer.sandwich, "chunked attention": attention.chunk is not None,
+           "attention without RoPE": rope is None, "interleaved RoPE": rope is not None and rope.interleaved,
+           "a temperature": attention.temperature is not None, "no QK norm": attention.qk_norm is None,
+           "QK norm without weights": attention.qk_norm == "plain",
+           "a SiLU gate": dense is not None and dense.activation == "silu"}
+    return [words for words, is_so in has.items() if is_so]
 
 
 def norm(x, weight, eps):

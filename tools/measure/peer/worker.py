@@ -60,13 +60,13 @@ class Transformers:
     def __init__(self, options):
         start = time.perf_counter()
         import torch
-        from transformers import AutoModelForCausalLM
-        from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM  # noqa: F401  or loading imports it
+        import transformers
+        getattr(transformers, options["architecture"])          # imports its module, or loading would
         self.import_s = time.perf_counter() - start
         from transformers.utils import logging
         logging.disable_progress_bar()
         torch.set_num_threads(options["threads"])
-        self.torch, self.Model = torch, AutoModelForCausalLM
+        self.torch, self.Model = torch, transformers.AutoModelForCausalLM
         self.packages = ("torch", "transformers")
 
     def load(self, path):

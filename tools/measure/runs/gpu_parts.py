@@ -10,9 +10,13 @@ from measure.runs.parts import Part
 ROOM_BYTES = 8 << 30        # beside the weights of a model that is to fit: KV cache, workspace, the context
 WEIGHT_BYTES = 2            # bfloat16
 DECODE = "decode={1,8,64}*1@1024"
-# Presets that may come: (part, what a preset's name begins with, layers or None for all).
-TO_COME = (("engine-26b-a4b", "gemma-4-26b-a4b", None), ("engine-e4b", "gemma-4-e4b", None),
-           ("engine-llama-4", "llama-4", 4))
+# Other families: (part, preset, how many layers, the first that fit; None for all, further arguments, seconds: least,
+# most, for all of it). Eight layers of Scout, two of them without RoPE, fit 80 GB with room for the cache.
+FAMILIES = (("engine-26b-a4b", "gemma-4-26b-a4b", (None,), (), (35, 90, 55)),
+            ("engine-e4b", "gemma-4-e4b", (None,), (), (15, 60, 30)),
+            ("engine-e4b-host", "gemma-4-e4b", (None,), ("--ple", "host"), (15, 60, 30)),
+            ("engine-scout-slice", "llama-4-scout", (8, 4), (), (30, 70, 45)))
+EXPERTS = "moe_route,moe_gated_linear,moe_linear,moe_combine"
 DEMO = ("--model", "demo/checkpoint")
 ENGINE_TESTS = "tests/test_lanes.py"      # besides tests/kernels, what --lane cuda takes to the GPU
 # Of tests in processes side by side, and BLAS threads of each, or they would wait for each other.
@@ -50,7 +54,6 @@ def tests(name, lane, *arguments, least_s, most_s, is_parallel=False):
 
 def full_parts(lane, memory_bytes):
     """The parts of a report on a GPU with so much memory."""
-    from engine.models.presets import PRESETS
     few = ("--n-tokens", "1,64", "--context", "1024", "--batch", "1,8", "--repeats", "5")
     no_ops = ("--no-ops", "--repeats", "5")
     parts = [
@@ -59,6 +62,8 @@ def full_parts(lane, memory_bytes):
         tests("tests-engine", lane, ENGINE_TESTS, least_s=30, most_s=90),
         *(bench(f"kernels-31b-{what}", "kernels", lane, "--preset", "gemma-4-31b", "--op", ops, least_s=10, most_s=50,
                 full_s=25, short=few) for what, ops in KERNEL_GROUPS.items()),
+        *(bench(f"kernels-experts-{what}", "kernels", lane, "--preset", name, "--op", EXPERTS, least_s=10, most_s=40,
+                full_s=20, short=few) for what, name in (("26b-a4b", "gemma-4-26b-a4b"), ("scout", "llama-4-scout"))),
         bench("kernels-1b", "kernels", lane, "--preset", "gemma-3-1b", least_s=10, most_s=60, full_s=30, short=few),
         bench("engine-1b", "engine", lane, "--preset", "gemma-3-1b", "--case", DECODE, "--case", "prefill=2048",
               least_s=15, most_s=60, full_s=30, short=no_ops),
@@ -68,17 +73,20 @@ def full_parts(lane, memory_bytes):
         bench("engine-31b", "engine", lane, "--preset", "gemma-4-31b", "--case", "decode={1,8}*1@1024", "--case",
               "prefill=2048", least_s=45, most_s=100, full_s=70, short=no_ops,
               why_not=too_large("gemma-4-31b", memory_bytes))]
-    for name, begins, n_layers in TO_COME:
-        found = next((preset for preset in PRESETS if preset.startswith(begins)), None)
-        why_not = too_large(found, memory_bytes, n_layers) if found else f"no preset {begins} yet"
+    for name, preset_name, sizes, more, (least_s, most_s, full_s) in FAMILIES:
+        n_layers = next((n for n in sizes if not too_large(preset_name, memory_bytes, n)), sizes[-1])
         layers = ("--layers", str(n_layers)) if n_layers else ()
-        parts.append(bench(name, "engine", lane, "--preset", found or begins, *layers, "--case", "decode={1,8}*1@1024",
-                           "--case", "prefill=2048", least_s=20, most_s=60, full_s=35, short=no_ops, why_not=why_not))
+        parts.append(bench(name, "engine", lane, "--preset", preset_name, *layers, *more, "--case",
+                           "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=least_s, most_s=most_s,
+                           full_s=full_s, short=no_ops, why_not=too_large(preset_name, memory_bytes, n_layers)))
     # Peers that compile take 10 s and more a shape, and the tests that use no GPU say the least of one: they come last.
     return [*parts,
             bench("against-kernels", "against", lane, "--preset", "gemma-4-31b", "--peer", "torch,sdpa,flashinfer",
                   "--op", "linear,gated_linear,attention,sample", least_s=15, most_s=60, full_s=35,
                   short=("--n-tokens", "1,64", "--batch", "8", "--repeats", "5")),
+            bench("against-experts", "against", lane, "--preset", "gemma-4-26b-a4b", "--peer", "torch", "--op",
+                  "moe_gated_linear,moe_linear", least_s=10, most_s=40, full_s=25,
+                  short=("--n-tokens", "1,64", "--repeats", "5")),
             bench("serve", "serve", lane, "--preset", "gemma-3-1b", "--requests", "64", "--rate", "32,inf", "--output",
                   "64", least_s=15, most_s=40, uses_ceilings=False),
             bench("load", "load", lane, "--preset", "gemma-3-1b", "--folder", "{scratch}", "--repeats", "2",

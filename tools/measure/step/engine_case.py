@@ -37,6 +37,8 @@ class EngineCase:
         key = "preset" if self.model.path is None else "model"
         self.shape = {key: self.model.name, "layers": self.model.n_layers, "case": str(self.case),
                       "lane": self.args.lane}
+        if self.core.weights.per_layer_rows is not None:
+            self.shape["ple"] = "host"
 
     def measure(self):
         """All that the case can say."""

@@ -12,6 +12,7 @@ from functools import partial
 from engine import cost
 from engine.cost import Cost
 from engine.graph import GraphCache
+from engine.routes import Routes
 from engine.trace import traced
 from measure.models import kind_of
 
@@ -22,8 +23,11 @@ PARTS = {"floor": "weights, K and V alone at the ceilings",
          "gaps": "the step's launches back to back, less each kernel among its kind: unlike neighbours",
          "host": "outside the launches: batch, copies in, launches that no graph replays, reading tokens back"}
 AFTER_LAYERS = ("select_rows", "logit_softcap", "apply_edits", "sample", "top_logprobs")
-BY_KIND = ("attention", "qk_norm_rope_cache")       # what differs between local and global layers, besides products
+# What differs between local and global layers: ops, and roles of products.
+BY_KIND = ("attention", "qk_norm_rope_cache", "qkv", "q", "o")
 PRODUCTS = ("linear", "gated_linear", "moe_gated_linear", "moe_linear")
+DENSE = ("gate_up", "down")
+PLACES = {"gate_per_layer": 2}                      # the argument that says where in an array, and is no size
 # Which of the model's matrices a product is by, where its op does not say it.
 OF_LAYER = {"qkv": "qkv", "o": "o", "gate_up": "", "down": "down", "router": "router", "experts_gate_up": "",
             "experts_down": "down", "per_layer_gate": "per-layer gate", "per_layer_projection": "per-layer out"}
@@ -48,11 +52,14 @@ def watched(core, around):
 @contextmanager
 def recording(core):
     """Yields a list that gets (name, args, kwargs) of each op of the steps run within; they run eagerly, on the inputs
-    that a graph would have. The arrays hold what the step left there until another one is staged."""
+    that a graph would have. The arrays hold what the step left there until another one is staged; but the Routes that
+    products read are copies, for each layer has its own, and the last may have those of few rows."""
     calls, step = [], core.step
 
     @contextmanager
     def around(name, args, kwargs):
+        if name in PRODUCTS:
+            args = tuple(Routes(*(array.copy() for array in arg)) if type(arg) is Routes else arg for arg in args)
         calls.append((name, args, kwargs))
         yield
 
@@ -107,30 +114,50 @@ class Group:
 
 def ops_of(calls, core, batch):
     """[Op] of the recorded calls of one step over `batch`, a Batch."""
-    weights, layers, drops_at = core.weights, core.spec.layers, core.step.layers.drops_at
-    matrices = {id(weights.head): ("head", None), id(weights.per_layer_model_projection): ("per-layer context", None)}
-    for i, w in enumerate(weights.layers):
-        matrices |= {id(getattr(w, name)): (role, i) for name, role in OF_LAYER.items()}
+    layers, drops_at, matrices = core.spec.layers, core.step.layers.drops_at, _matrices(core)
     found, layer, n_attentions, has_dropped = [], 0, 0, False
     for name, args, kwargs in calls:
-        role, has_kind, counted = "", name in BY_KIND, args
+        role, counted = "", args
         if name in PRODUCTS:
             role, of = matrices[id(args[1])]
-            has_kind, layer = of is not None, layer if of is None else of
-        if name == "attention":
+            layer = layer if of is None else of
+            counted = tuple(Routes(*map(core.lane.to_host, arg)) if type(arg) is Routes else arg for arg in args)
+        elif name == "embed" and args[0] is core.weights.per_layer_embed:
+            role = "per layer"
+        elif name == "qk_norm_rope_cache" and layers[layer].kv_from is not None:
+            role = "q"
+        elif name == "attention":
             pool, _ = core.kv_cache.layer_slot[n_attentions]
             paged = (batch.kept_pools if has_dropped else batch.pools)[pool]
             role, counted = _phase(paged), (*args[:3], paged)
             n_attentions += 1
+        has_kind = name in BY_KIND or role in BY_KIND
         if has_dropped and name not in AFTER_LAYERS and role != "head":
             role = f"{role} kept".strip()
         # The first rows selected are those of the residual, in the layer that drops the others.
         has_dropped |= name == "select_rows" and batch.kept is not None and n_attentions <= drops_at
-        found.append(Op(name, role, kind_of(layers[layer].attention) if has_kind else "", _sizes(args, kwargs),
+        found.append(Op(name, role, kind_of(layers[layer].attention) if has_kind else "", _sizes(name, args, kwargs),
                         int(args[ROWS_IN.get(name, 0)].shape[0]), cost.of(name, counted, kwargs),
                         partial(getattr(core.lane.ops, name), *args, **kwargs)))
     wants_any = batch.kept is None or len(batch.kept)
     assert n_attentions == (len(layers) if wants_any else drops_at)
+    return found
+
+
+def _matrices(core):
+    """{id of a matrix of the weights: (its role, the number of its layer or None)}."""
+    spec, weights = core.spec, core.weights
+    found = {id(weights.head): ("head", None), id(weights.per_layer_model_projection): ("per-layer context", None)}
+    for i, (layer, w) in enumerate(zip(spec.layers, weights.layers, strict=True)):
+        of_dense = ""                                   # what kind of dense MLP it is, where a model has several
+        if layer.moe and layer.moe.routing == "sigmoid":
+            of_dense = "shared expert"
+        elif layer.kv_from is not None and layer.dense.intermediate > spec.layers[0].dense.intermediate:
+            of_dense = "wide"
+        for name, role in OF_LAYER.items():
+            role = "q" if role == "qkv" and layer.kv_from is not None else role
+            role = f"{role} {of_dense}".strip() if name in DENSE else role
+            found[id(getattr(w, name))] = role, i
     return found
 
 
@@ -141,8 +168,9 @@ def _phase(paged):
     return "prefill" if all(end - begin == context for begin, end, context in paged.rows) else "mixed"
 
 
-def _sizes(args, kwargs):
+def _sizes(name, args, kwargs):
     """All that tells an op's launches apart but for their arrays' addresses."""
+    args = [value for place, value in enumerate(args) if place != PLACES.get(name)]
     return (*(_size(value) for value in args), *((name, _size(value)) for name, value in sorted(kwargs.items())))
 
 
