@@ -125,7 +125,7 @@ def test_rotation_reads_the_heads_that_there_are(v_is_k, n_in):
 @settings(max_examples=200, deadline=None)
 def test_what_tokens_see(n_query, before, window, chunk):
     context = before + n_query
-    seen = [{j for j in range(i + 1) if i - j < (window or 99) and (chunk is None or j // chunk == i // chunk)}
+    seen = [{j for j in range(i + 1) if i - j < (window or 999) and (chunk is None or j // chunk == i // chunk)}
             for i in range(before, context)]
     assert visible(n_query, context, window, chunk) == (len(set().union(*seen)), sum(map(len, seen)))
 
