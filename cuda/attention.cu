@@ -1,8 +1,10 @@
 // attention:  out[t, h] = sum_p softmax_p(scale * q[t, h] . k[p, h / group]) v[p, h / group]   over the positions p that
-// token t of a sequence sees: from the later of position - window + 1 and its chunk's start, to itself or last_visible[t].
+// token t of a sequence sees: from the later of position - window + 1 and its chunk's start, or from
+// first_visible[t] where that is earlier, to itself or last_visible[t].
 //
 //   q, out [n_tokens, n_heads * head_dim] bf16        k_pages, v_pages [n_pages, page_size, n_kv_heads, head_dim] bf16
-//   page_table [n_entries], page_begin, context_lens [n_seqs], cu_seqlens [n_seqs + 1], last_visible [n_tokens] or null
+//   page_table [n_entries], page_begin, context_lens [n_seqs], cu_seqlens [n_seqs + 1]
+//   first_visible, last_visible [n_tokens] or null; neither descends within a sequence
 //   work [n_work, 7] int32   (sequence, first row, first key tile, tile behind the last, part, n_parts, first unit),
 //                            planned by engine/kernels/paged.py
 //   floats                   running sums [n_blocks, RUNNING_FLOATS], then units, the sums of 8 rows over a part's keys,
@@ -191,8 +193,8 @@ template <class P> __device__ __forceinline__ void mix(Sums& sums, const unsigne
 
 extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS) attention(
         const bf16* q, const bf16* k_pages, const bf16* v_pages, const int* page_table, const int* page_begin,
-        const int* context_lens, const int* cu_seqlens, const int* last_visible, const int* work, const int* n_work,
-        OUT bf16* out, float* floats, int* counters, int n_heads, int n_kv_heads, int head_dim, int page_size, int window,
+        const int* context_lens, const int* cu_seqlens, const int* first_visible, const int* last_visible,
+        const int* work, const int* n_work, OUT bf16* out, float* floats, int* counters, int n_heads, int n_kv_heads, int head_dim, int page_size, int window,
         int chunk, int split_keys, float scale, float softcap) {
     DYNAMIC_SMEM(smem);
     unsigned char* const q_rows = smem;
@@ -215,8 +217,9 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS)
         const int* const item = work + i / n_kv_heads * ITEM;
         const int sequence = item[0], first_row = item[1], kv_head = i % n_kv_heads;
         const int begin = cu_seqlens[sequence], n_new = cu_seqlens[sequence + 1] - begin;
-        const PagedSequence keys = {page_table, last_visible ? last_visible + begin : nullptr, page_begin[sequence],
-                                    page_size, n_new, context_lens[sequence], window, chunk};
+        const PagedSequence keys = {page_table, first_visible ? first_visible + begin : nullptr,
+                                    last_visible ? last_visible + begin : nullptr, page_begin[sequence], page_size, n_new,
+                                    context_lens[sequence], window, chunk};
         const int n_rows = min(n_new * group - first_row, ROWS);    // the block's
         __syncthreads();                            // nobody reads the last item's any more
         for (int r = threadIdx.x; r < ROWS; r += THREADS) {

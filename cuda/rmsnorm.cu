@@ -1,4 +1,4 @@
-// RMSNorm of whole rows: a row stays in the registers of one block between the steps, in bfloat16.
+// RMSNorm and LayerNorm of whole rows: a row stays in the registers of one block between the steps, in bfloat16.
 //
 // Constants: WIDTH, bf16 of one access (8: 16 bytes, where rows are a multiple of that; else 4), and CHUNKS, accesses of
 // a thread, so that WIDTH * CHUNKS * block >= hidden. Any hidden that is a multiple of WIDTH. ROUND_FIRST: rms_norm and
@@ -31,6 +31,32 @@ struct Row {
             const int at = WIDTH * (i * blockDim.x + threadIdx.x);
             if (at < hidden) store_words(to + at, chunk[i]);
         }
+    }
+
+    __device__ __forceinline__ float sum() const {
+        float sum = 0.f;
+        #pragma unroll
+        for (int i = 0; i < CHUNKS * WORDS; ++i) {
+            const u32 two = chunk[i / WORDS].word[i % WORDS];
+            sum += low_half(two);
+            sum += high_half(two);
+        }
+        return sum;
+    }
+
+    // Of distances from `mean`; what lies beyond `hidden` has none.
+    __device__ __forceinline__ float sum_of_squares_around(float mean, int hidden) const {
+        float sum = 0.f;
+        #pragma unroll
+        for (int i = 0; i < CHUNKS; ++i) {
+            if (WIDTH * (i * (int)blockDim.x + (int)threadIdx.x) >= hidden) continue;
+            #pragma unroll
+            for (const u32 two : chunk[i].word) {
+                sum += (low_half(two) - mean) * (low_half(two) - mean);
+                sum += (high_half(two) - mean) * (high_half(two) - mean);
+            }
+        }
+        return sum;
     }
 
     __device__ __forceinline__ float sum_of_squares() const {
@@ -239,4 +265,29 @@ extern "C" __global__ void __launch_bounds__(MOST_THREADS) mix_per_layer(
                         rounded(rounded(high_half(two) * inverse * high_half(by)) + high_half(more)) * root);
     }
     row.store(y + at, width);
+}
+
+// layer_norm:  y[t,:] = (x[t,:] - m) / sqrt(mean((x[t,:] - m)^2) + eps) * weight + bias, m = mean(x[t,:]), rounded once
+//
+//   x, y [n_rows, hidden] bf16; y may be x   weight, bias [hidden] bf16
+//   traffic  4 * n_rows * hidden + 4 * hidden
+extern "C" __global__ void __launch_bounds__(MOST_THREADS) layer_norm(
+        const bf16* x, const bf16* weight, const bf16* bias, OUT bf16* y, int hidden, float eps) {
+    __shared__ float part[2][MOST_THREADS / 32];
+    BlockSum block_sum{part};
+    const size_t at = (size_t)blockIdx.x * hidden;
+    Row row, w, b;
+    row.load(x + at, hidden);
+    const float mean = block_sum(row.sum()) / hidden;
+    w.load(weight, hidden);
+    b.load(bias, hidden);
+    const float scale = rsqrtf(block_sum(row.sum_of_squares_around(mean, hidden)) / hidden + eps);
+    #pragma unroll
+    for (int i = 0; i < CHUNKS * WORDS; ++i) {
+        u32& two = row.chunk[i / WORDS].word[i % WORDS];
+        const u32 by = w.chunk[i / WORDS].word[i % WORDS], more = b.chunk[i / WORDS].word[i % WORDS];
+        two = pack_bf16((low_half(two) - mean) * scale * low_half(by) + low_half(more),
+                        (high_half(two) - mean) * scale * high_half(by) + high_half(more));
+    }
+    row.store(y + at, hidden);
 }

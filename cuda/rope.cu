@@ -18,18 +18,21 @@ __device__ __forceinline__ void cos_sin(float x, float* cos, float* sin) {
     *sin = quarter == 0 ? s : quarter == 1 ? c : quarter == 2 ? -s : -c;
 }
 
-// rope_angles:  out[t,0,j] = cos(a), out[t,1,j] = sin(a),  a = positions[t] * inv_freq[j] rounded to float32
+// rope_angles:  out[t,0,j] = cos(a), out[t,1,j] = sin(a),  a = positions[t,c] * inv_freq[j] rounded to float32; of two
+//               columns of positions c is 0 in the first half of the pairs, 1 in the second
 //
-//   positions [n_tokens] i32, below 2^24   inv_freq [n_pairs] f32, at most 1   out [n_tokens, 2, n_pairs] f32
+//   positions [n_tokens, n_axes] i32, below 2^24, n_axes 1 or 2   inv_freq [n_pairs] f32, at most 1
+//   out [n_tokens, 2, n_pairs] f32
 //   grid (n_tokens, parts of n_pairs), block up to 256: a thread has an angle; bound by memory, by latency where small
-//   traffic  4 * n_tokens + 4 * n_pairs + 8 * n_tokens * n_pairs
+//   traffic  4 * n_tokens * n_axes + 4 * n_pairs + 8 * n_tokens * n_pairs
 extern "C" __global__ void __launch_bounds__(ANGLE_THREADS) rope_angles(
-        const int* positions, const float* inv_freq, OUT float* out, int n_pairs) {
+        const int* positions, const float* inv_freq, OUT float* out, int n_pairs, int n_axes) {
     const int j = blockIdx.y * blockDim.x + threadIdx.x;
     if (j >= n_pairs) return;
     float* const row = out + (size_t)blockIdx.x * 2 * n_pairs;
     float cos, sin;
-    cos_sin(__fmul_rn((float)positions[blockIdx.x], inv_freq[j]), &cos, &sin);
+    const int position = positions[(size_t)blockIdx.x * n_axes + (n_axes == 2 && 2 * j >= n_pairs)];
+    cos_sin(__fmul_rn((float)position, inv_freq[j]), &cos, &sin);
     row[j] = cos;
     row[n_pairs + j] = sin;
 }

@@ -19,6 +19,8 @@ class PagedBatch:
                  cache once they are written
     last_visible [n_tokens] int32: the last position each new token sees, its own or a later one of the same step (image
                  tokens see their whole image); None: no token sees later ones
+    first_visible [n_tokens] int32: with last_visible, the first one where the window would begin behind it; None: the
+                 window says
     """
 
     lists: list
@@ -26,6 +28,7 @@ class PagedBatch:
     rows: list
     page_size: int
     last_visible: np.ndarray | None = None
+    first_visible: np.ndarray | None = None
     _extents: dict = field(default_factory=dict)
 
     @cached_property
@@ -52,9 +55,10 @@ class PagedBatch:
 
     def keep(self, rows):
         """The same sequences with other queries: the last so many new tokens of each."""
-        last_visible = None if self.last_visible is None else np.concatenate(
-            [self.last_visible[end - (b - a):end] for (_, end, _), (a, b, _) in zip(self.rows, rows, strict=True)])
-        return replace(self, rows=rows, last_visible=last_visible)
+        def of(visible):
+            return None if visible is None else np.concatenate(
+                [visible[end - (b - a):end] for (_, end, _), (a, b, _) in zip(self.rows, rows, strict=True)])
+        return replace(self, rows=rows, last_visible=of(self.last_visible), first_visible=of(self.first_visible))
 
     def runs(self, i, begin, end):
         """Positions begin..end of row i as [(first slot, n)], one entry for each run of neighbouring pages."""
@@ -79,7 +83,7 @@ class PagedBatch:
 class Batch:
     """One step, flat over the new tokens of its sequences.
 
-    token_ids, positions  [n_tokens] int32
+    token_ids, positions  [n_tokens] int32; the id at a soft token is the one that is looked up there
     pools                 one PagedBatch per KV pool
     kept                  [n_kept] int32: the rows whose final states somebody wants, or None for all. A prompt's other
                           rows are there for their k and v, and are dropped once those are in the cache
@@ -90,6 +94,9 @@ class Batch:
     edits, sampling       LogitEdits and SamplingBatch of the rows of to_sample
     per_layer_rows        [n_tokens, n_layers * per_layer_input]: the tokens' rows of the second embedding table, where
                           it stays on the host; else None
+    media                 [(sequence, picture, first, end)]: soft tokens first..end of the picture are in the step
+    media_rows            [n_media] int32: the rows of those soft tokens, in the order of `media`; None without any
+    media_source          [n_media] int32: their rows in the encoder's cache, known once all pictures are in there
     """
 
     token_ids: np.ndarray
@@ -103,28 +110,44 @@ class Batch:
     edits: LogitEdits
     sampling: SamplingBatch
     per_layer_rows: np.ndarray | None = None
+    media: list = field(default_factory=list)
+    media_rows: np.ndarray | None = None
+    media_source: np.ndarray | None = None
 
     @classmethod
-    def build(cls, work, kv_cache):
+    def build(cls, work, kv_cache, pad=0):
         """The arrays for `work`, [(sequence, n new tokens)] with pages reserved, in that order. Plain lists first: most
-        steps are a few tokens."""
+        steps are a few tokens.
+
+        pad  the id that is looked up at soft tokens
+        """
         size = kv_cache.page_size
         keep_all = any(sequence.task.hidden is not None for sequence, _ in work)
-        token_ids, positions, rows, kept, spans = [], [], [], [], []
+        token_ids, positions, rows, kept, spans, media = [], [], [], [], [], []
         for sequence, n in work:
             begin, end = sequence.n_cached, sequence.n_cached + n
+            media += ((len(token_ids) - begin, sequence, run, max(begin, run.begin), min(end, run.end))
+                      for run in sequence.media if run.begin < end and begin < run.end)
             rows.append((len(token_ids), len(token_ids) + n, end))
             token_ids += sequence.tokens[begin:end]
             positions += range(begin, end)
             n_kept = n if keep_all else min(n, max(0, end - sequence.next_logit))
             spans.append((sequence, len(kept), len(kept) + n_kept, end))
             kept += range(len(token_ids) - n_kept, len(token_ids))
+        token_ids, positions = np.array(token_ids, np.int32), np.array(positions, np.int32)
+        media_rows = last_visible = first_visible = None
+        if media:
+            media, media_rows, last_visible, first_visible = _soft_tokens(media, token_ids, positions, pad)
         pools = []
         for p in range(len(kv_cache.specs)):
             lists = [sequence.page_lists[p].copy() for sequence, _ in work]
             slots = [held.pages[at // size - held.first] * size + at % size
-                     for held, (first, last, _) in zip(lists, rows, strict=True) for at in positions[first:last]]
-            pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size))
+                     for held, (first, last, context) in zip(lists, rows, strict=True)
+                     for at in range(context - (last - first), context)]
+            spec = kv_cache.specs[p]
+            pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size,
+                                    last_visible if spec.sees_blocks else None,
+                                    first_visible if spec.sees_whole_blocks else None))
         to_take, following, to_sample = [], [], []
         for sequence, _, end, context in spans:                 # the state of position p is row end - (context - p)
             samples = sequence.task.samples and context == len(sequence.tokens)
@@ -134,10 +157,10 @@ class Batch:
             to_take += ((sequence, end - (context - p)) for p in wanted)
             following += (sequence.tokens[p + 1] if p + 1 < len(sequence.tokens) else 0 for p in wanted)
         tasks = [sequence.task for sequence, _ in to_sample]
-        return cls(np.array(token_ids, np.int32), np.array(positions, np.int32), tuple(pools),
+        return cls(token_ids, positions, tuple(pools),
                    None if len(kept) == len(token_ids) else np.array(kept, np.int32), spans, to_take,
                    np.array(following, np.int32), to_sample, LogitEdits.build(task.edits() for task in tasks),
-                   SamplingBatch.build(task.rule() for task in tasks))
+                   SamplingBatch.build(task.rule() for task in tasks), media=media, media_rows=media_rows)
 
     @property
     def n_tokens(self):
@@ -165,6 +188,22 @@ class Batch:
 
     @property
     def is_decode(self):
-        """Whether every row is one new token whose successor is to be sampled, and nothing else is wanted."""
-        return len(self.to_sample) == self.n_tokens and not self.to_take and all(
+        """Whether every row is one new token of text whose successor is to be sampled, and nothing else is wanted."""
+        return len(self.to_sample) == self.n_tokens and not self.to_take and not self.media and all(
             sequence.task.hidden is None for sequence, _ in self.to_sample)
+
+
+def _soft_tokens(runs, token_ids, positions, pad):
+    """(media, media_rows, last_visible, first_visible) of a Batch and its PagedBatches, whose token_ids become `pad` at
+    soft tokens.
+
+    runs  [(row of position 0, sequence, MediaRun, begin, end)]: positions begin..end of the run are in the step
+    """
+    media, media_rows, last_visible, first_visible = [], [], positions.copy(), positions.copy()
+    for row, sequence, run, begin, end in runs:
+        media.append((sequence, run.picture, begin - run.begin, end - run.begin))
+        media_rows.append(np.arange(row + begin, row + end, dtype=np.int32))
+        token_ids[row + begin:row + end] = pad
+        last_visible[row + begin:row + end] = run.end - 1
+        first_visible[row + begin:row + end] = run.begin
+    return media, np.concatenate(media_rows), last_visible, first_visible

@@ -10,7 +10,7 @@ from engine.errors import RawgemError
 from engine.llm import LLM, plan
 from engine.models import describe
 from engine.models.presets import PRESETS
-from engine.tensors import account
+from engine.tensors import account, without_missing_media
 from loaders.config import Config
 from loaders.hub import resolve
 from loaders.safetensors import Checkpoint
@@ -19,6 +19,7 @@ SAMPLING = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": floa
             "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float, "min_tokens": int}
 ENGINE = {"device": str, "dtype": str, "max_seq_len": int, "max_seqs": int, "max_batch_tokens": int, "page_size": int,
           "kv_cache_bytes": int, "memory_fraction": float, "ple": str}
+MEDIA = {"image_tokens": int, "video_tokens": int}
 
 
 def main(argv=None):
@@ -53,12 +54,19 @@ def _parser():
         sub.set_defaults(run=run)
         return sub
 
-    sub = command("generate", _generate, "Complete prompts.", ENGINE, SAMPLING)
+    def media(sub, use):
+        for kind in ("image", "video"):
+            sub.add_argument("--" + kind, action="append", default=[], metavar="FILE",
+                             help=f"{kind} {use}; may be repeated")
+
+    sub = command("generate", _generate, "Complete prompts.", ENGINE, SAMPLING, MEDIA)
+    media(sub, "of the one prompt, which has a placeholder for it")
     sub.add_argument("--prompt", action="append", default=[], help="a prompt; may be repeated")
     sub.add_argument("--prompts", type=Path, help="a file with one prompt a line")
     sub.add_argument("--stop", action="append", default=[], help="a string that ends the text; may be repeated")
     sub.add_argument("--explain", action="store_true", help="also print what ran where")
-    sub = command("chat", _chat, "Talk to a model: one line a turn, an empty line ends it.", ENGINE, SAMPLING)
+    sub = command("chat", _chat, "Talk to a model: one line a turn, an empty line ends it.", ENGINE, SAMPLING, MEDIA)
+    media(sub, "that the first message is about")
     sub.add_argument("--message", help="answer this one message and leave")
     sub.add_argument("--system", help="a system message")
     command("inspect", _inspect, "List a checkpoint's tensors and what the engine makes of each.")
@@ -83,10 +91,14 @@ def _generate(args):
     prompts = [prompt for prompt in prompts if prompt.strip()]
     if not prompts:
         raise RawgemError("generate: no prompt; give --prompt TEXT or --prompts FILE")
+    has_media = bool(args.image or args.video)
+    if has_media and len(prompts) != 1:
+        raise RawgemError(f"generate: --image and --video go with one prompt, {len(prompts)} came")
     llm = LLM(args.model, **_given(args, ENGINE))
     params = _params(args, llm, args.stop)
     began = perf_counter()
-    outputs = llm.generate(prompts, params)
+    outputs = llm.generate([{"prompt": prompt, "images": args.image, "videos": args.video, **_given(args, MEDIA)}
+                            for prompt in prompts] if has_media else prompts, params)
     took = perf_counter() - began
     for prompt, output in zip(prompts, outputs, strict=True):
         print(f"{prompt}{output.text}\n" if output.error is None else f"{prompt}\n  error: {output.error}\n")
@@ -106,9 +118,12 @@ def _chat(args):
         text = args.message or _ask()
         if not text:
             return
-        messages.append({"role": "user", "content": text})
+        parts = [{"type": kind, kind: file} for kind in ("image", "video") for file in getattr(args, kind)]
+        is_first = not any(message["role"] == "user" for message in messages)
+        content = [*parts, {"type": "text", "text": text}] if parts and is_first else text
+        messages.append({"role": "user", "content": content})
         answer = ""
-        for piece in llm.stream(llm.chat_prompt(messages), params):
+        for piece in llm.stream_chat(messages, params, **_given(args, MEDIA)):
             answer += piece.text
             print(piece.text, end="", flush=True)
         print()
@@ -130,11 +145,13 @@ def _inspect(args):
         tensors = checkpoint.tensors
     for tensor in tensors.values():
         print(f"{tensor.dtype:<8} {list(tensor.shape)!s:<20} {tensor.name}")
-    spec = describe(Config.load(path))
+    described = describe(Config.load(path))
+    spec = without_missing_media(described, tensors)
     accounts = account(spec, tensors)
     print(f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}")
-    print(f"{len(tensors)} tensors, {checkpoint.n_bytes} bytes; "
-          f"{len(accounts.unused)} not read by a text run")
+    if described.media:
+        print(f"vision: {spec.media.tower}" if spec.media else "vision: none, the checkpoint has no vision tensors")
+    print(f"{len(tensors)} tensors, {checkpoint.n_bytes} bytes; {len(accounts.unused)} not read")
     for problem in accounts.problems:
         print(f"problem: {problem}")
     return 1 if accounts.problems else 0

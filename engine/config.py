@@ -20,6 +20,7 @@ class EngineConfig:
     max_batch_tokens: int = 2048
     page_size: int = 16
     kv_cache_bytes: int | None = None
+    encoder_cache_bytes: int | None = None
     memory_fraction: float = 0.9
     prefix_caching: bool = True
     graphs: str | bool = "auto"
@@ -36,6 +37,8 @@ class EngineConfig:
         for name in ("max_seq_len", "kv_cache_bytes"):
             if getattr(self, name) is not None:
                 self._whole(name, 1)
+        if self.encoder_cache_bytes is not None:
+            self._whole("encoder_cache_bytes", 0)
         self._whole("n_draft_tokens", 0)
         self._whole("seed", 0)
         if self.seed >= 2**64:

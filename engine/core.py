@@ -14,7 +14,9 @@ from engine.models.spec import ModelSpec
 from engine.scheduler import Scheduler
 from engine.step import Step
 from engine.step_inputs import Stager
-from engine.tensors import checked_account
+from engine.tensors import checked_account, without_missing_media
+from engine.vision.encoder import VisionEncoder
+from engine.vision.encoder_cache import EncoderCache
 from engine.weights import Weights, load
 from engine.workspace import Workspace
 
@@ -27,7 +29,11 @@ def no_bar(n_bytes):
 
 @dataclass
 class Core:
-    """What a ModelSpec becomes under an EngineConfig on a lane."""
+    """What a ModelSpec becomes under an EngineConfig on a lane.
+
+    spec           of a checkpoint without a vision part, one of text alone
+    encoder_cache  None for a model of text
+    """
 
     spec: ModelSpec
     config: EngineConfig
@@ -40,6 +46,7 @@ class Core:
     step: Step
     scheduler: Scheduler
     loop: Loop
+    encoder_cache: EncoderCache | None = None
 
     @classmethod
     def open(cls, spec, config, lane, checkpoint, bar=no_bar):
@@ -49,6 +56,7 @@ class Core:
         bar         bar(n_bytes) is a context of something with update(n_bytes), as tqdm's, for the loading
         Raises ConfigError, CheckpointError, MemoryPlanError.
         """
+        spec = without_missing_media(spec, checkpoint.tensors)
         with lane.running():
             if lane.stages:
                 lane.ops.check(spec)
@@ -59,15 +67,19 @@ class Core:
                 weights = load(spec, checkpoint, accounts, lane, loading.update)
             kv_cache = KVCache([pool.spec for pool in plan.pools], [pool.n_pages for pool in plan.pools],
                                config.page_size, lane)
-            workspace = Workspace(spec, config.max_batch_tokens, config.max_seqs, lane)
-            layers = LayerScheduler(spec, weights, kv_cache, workspace, lane)
+            workspace = Workspace(spec, plan.max_step_tokens, config.max_seqs, lane)
+            encoder_cache = None
+            if spec.media:
+                encoder = VisionEncoder(spec, weights.vision, lane, workspace.scratch)
+                encoder_cache = EncoderCache(encoder, plan.n_soft_rows, spec.hidden, lane)
+            layers = LayerScheduler(spec, weights, kv_cache, workspace, lane, encoder_cache and encoder_cache.soft)
             stager = None
             if lane.stages:
-                stager = Stager(spec, kv_cache, plan.max_seq_len, config.max_batch_tokens, config.max_seqs, lane,
-                                has_rows=weights.per_layer_rows is not None)
+                stager = Stager(spec, kv_cache, plan.max_seq_len, plan.max_step_tokens, config.max_seqs, lane,
+                                has_rows=weights.per_layer_rows is not None, longest_run=plan.longest_run)
             can_capture = lane.has_graphs and config.gemm == "own"
             graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
-            step = Step(layers, workspace, lane, stager, graphs)
-        scheduler = Scheduler(kv_cache, config.max_seqs, config.max_batch_tokens)
-        return cls(spec, config, lane, plan, weights, kv_cache, workspace, graphs, step, scheduler,
-                   Loop(step, scheduler, kv_cache))
+            step = Step(layers, workspace, lane, stager, graphs, encoder_cache)
+        scheduler = Scheduler(kv_cache, config.max_seqs, config.max_batch_tokens, plan.max_step_tokens, encoder_cache)
+        loop = Loop(step, scheduler, kv_cache, spec.media.pad if spec.media else 0)
+        return cls(spec, config, lane, plan, weights, kv_cache, workspace, graphs, step, scheduler, loop, encoder_cache)

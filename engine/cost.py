@@ -14,14 +14,18 @@ from engine.floor import (
     visible,
 )
 from engine.op_cost import (
+    add_bias,
     add_norm,
     add_norms,
+    add_rows,
     apply_edits,
     attention,
     attention_temperature,
+    clamp,
     embed,
     gate_per_layer,
     gated_linear,
+    layer_norm,
     linear,
     logit_softcap,
     mix_per_layer,
@@ -29,6 +33,8 @@ from engine.op_cost import (
     moe_gated_linear,
     moe_linear,
     moe_route,
+    place_rows,
+    pool_rows,
     qk_norm_rope_cache,
     rms_norm,
     rope_angles,
@@ -40,16 +46,18 @@ from engine.op_cost import (
 )
 from engine.roofline import Ceilings, Cost
 
-__all__ = ["OPS", "Ceilings", "Cost", "add_norm", "add_norms", "apply_edits", "attention", "attention_temperature",
-           "embed", "experts", "floor", "floor_parts", "gate_per_layer", "gated_linear", "launch_share", "linear",
-           "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear", "moe_linear", "moe_route",
-           "n_matrix_weights", "of", "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample",
-           "scale_rows", "select_rows", "speculation_ceiling", "top_logprobs", "visible"]
+__all__ = ["OPS", "Ceilings", "Cost", "add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention",
+           "attention_temperature", "clamp", "embed", "experts", "floor", "floor_parts", "gate_per_layer",
+           "gated_linear", "launch_share", "layer_norm", "linear", "logit_softcap", "mix_per_layer", "moe_combine",
+           "moe_gated_linear", "moe_linear", "moe_route", "n_matrix_weights", "of", "place_rows", "pool_rows",
+           "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample", "scale_rows", "select_rows",
+           "speculation_ceiling", "top_logprobs", "visible"]
 
-OPS = {op.__name__: op for op in (add_norm, add_norms, apply_edits, attention, attention_temperature, embed,
-                                  gate_per_layer, gated_linear, linear, logit_softcap, mix_per_layer, moe_combine,
-                                  moe_gated_linear, moe_linear, moe_route, qk_norm_rope_cache, rms_norm, rope_angles,
-                                  router_norm, sample, scale_rows, select_rows, top_logprobs)}
+OPS = {op.__name__: op for op in (add_bias, add_norm, add_norms, add_rows, apply_edits, attention,
+                                  attention_temperature, clamp, embed, gate_per_layer, gated_linear, layer_norm, linear,
+                                  logit_softcap, mix_per_layer, moe_combine, moe_gated_linear, moe_linear, moe_route,
+                                  place_rows, pool_rows, qk_norm_rope_cache, rms_norm, rope_angles, router_norm, sample,
+                                  scale_rows, select_rows, top_logprobs)}
 
 
 def of(op_name, args, kwargs=None):

@@ -3,6 +3,7 @@
 from itertools import groupby
 
 from engine.floor import floor
+from engine.models.vision_spec import BlockEmbedderSpec, Gemma4TowerSpec, SiglipSpec
 
 LANES = {"cpu": "ops from engine/reference.py, matrix products by NumPy's BLAS",
          "emulated": "the kernels of cuda/*.cu, compiled by g++",
@@ -10,8 +11,8 @@ LANES = {"cpu": "ops from engine/reference.py, matrix products by NumPy's BLAS",
 
 
 def explain(llm):
-    """Lane, layers with the op each uses, pools with their ledgers, the least a step costs, settings without effect,
-    tensors left unread."""
+    """Lane, layers with the op each uses, the vision part, pools with their ledgers, the least a step costs, settings
+    without effect, tensors left unread."""
     spec, config = llm.spec, llm.config
     lines = [f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}",
              f"lane {llm.lane.name}, {llm.lane.dtype}: " + LANES[llm.lane.name]
@@ -28,6 +29,8 @@ def explain(llm):
         lines.append(f"per-layer inputs: {spec.per_layer_input} values for each of {len(spec.layers)} layers, table of "
                      f"{spec.per_layer_vocab} rows " + ("on the lane (ple='device')" if config.ple == "device" else
                      "in the checkpoint's file; a step's rows are copied with its inputs (ple='host')"))
+    if spec.media:
+        lines += _vision(llm)
     for pool, pages in zip(llm.plan().pools, llm.kv_cache.allocators, strict=True):
         lines.append(f"  pool {pool.kind}: {pages.n_pages} pages of {pool.page_size} tokens, {pages.n_free} free")
     lines.append("head: " + ("its own matrix" if llm.weights.head is not llm.weights.embed else
@@ -50,9 +53,31 @@ def explain(llm):
 def _attention(layer):
     a = layer.attention
     return (f"{a.kind} attention, {a.n_heads} query and {a.n_kv_heads} KV heads of {a.head_dim}"
-            + (", v is the k projection" if a.v_is_k else "") + (", no positions (NoPE)" if a.rope is None else "")
+            + (", v is the k projection" if a.v_is_k else "")
+            + (", a picture's tokens see all of it" if a.sees_whole_blocks else
+               ", a picture's tokens see its later ones" if a.sees_blocks else "")
+            + (", no positions (NoPE)" if a.rope is None else "")
             + ("" if a.temperature is None else f", queries grow from position {a.temperature.floor - 1} on")
             + ("" if layer.kv_from is None else f", K and V of layer {layer.kv_from}"))
+
+
+def _vision(llm):
+    """The tower, what a picture takes, who sees it whole, and what is kept of it."""
+    media, counts = llm.spec.media, llm.encoder_cache.stats()
+    tower, processor = media.tower, llm.pictures
+    kind = {Gemma4TowerSpec: "tower", SiglipSpec: "SigLIP tower", BlockEmbedderSpec: "embedder"}[type(tower)]
+    yield f"vision: {kind} of hidden {tower.hidden}" + (
+        f", {tower.n_layers} layers, {tower.n_heads} heads of {tower.head_dim}" if hasattr(tower, "n_layers") else
+        " and no layers") + f", patches of {tower.patch_side} x {tower.patch_side} pixels"
+    others = [budget for budget in tower.budgets if budget != processor.image_tokens]
+    yield (f"  a picture takes at most {processor.image_tokens} soft tokens"
+           + (f" (image_tokens: also {', '.join(map(str, others))})" if others else "")
+           + ("; no videos" if media.video_token is None else
+              f", a video {processor.n_frames} frames of at most {processor.video_tokens}"))
+    yield "  a picture is " + ("computed whole in one step, which grows past max_batch_tokens for it"
+                               if llm.spec.has_blocks else "seen causally, and split between steps as text is")
+    yield (f"  encoder cache: {counts['pictures']} pictures in {counts['bytes']} of {counts['capacity_bytes']} bytes; "
+           f"{counts['hits']} hits of {counts['lookups']} lookups")
 
 
 def _mlp(layer):

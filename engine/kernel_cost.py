@@ -28,6 +28,31 @@ def gate_per_layer_cost(n_rows, width, itemsize=2):
     return Cost(3 * itemsize * n_rows * width)
 
 
+def place_rows_cost(n_placed, n_distinct, row_words):
+    return Cost(8 * n_placed + 4 * (n_distinct + n_placed) * row_words)
+
+
+def add_rows_cost(n, n_axes, hidden, n_distinct, itemsize=2):
+    """n_distinct: rows of the table that are added to some row."""
+    return Cost(4 * n * n_axes + itemsize * (2 * n + n_distinct) * hidden)
+
+
+def pool_rows_cost(n_out, k, n_distinct, hidden, has_bias=False, has_scale=False, itemsize=2):
+    return Cost(4 * n_out * k + itemsize * (n_distinct + n_out + has_bias + has_scale) * hidden)
+
+
+def clamp_cost(n_rows, width, itemsize=2):
+    return Cost(itemsize * (2 * n_rows * width + 2))
+
+
+def add_bias_cost(n_rows, width, has_residual=False, itemsize=2):
+    return Cost(itemsize * ((2 + has_residual) * n_rows + 1) * width)
+
+
+def layer_norm_cost(n_rows, hidden, itemsize=2):
+    return Cost(itemsize * (2 * n_rows + 2) * hidden)
+
+
 def mix_per_layer_cost(n_rows, width, itemsize=2):
     return Cost(itemsize * (3 * n_rows + 1) * width)
 
@@ -52,8 +77,8 @@ def router_norm_cost(n_rows, hidden, itemsize=2):
     return Cost(itemsize * (2 * n_rows + 1) * hidden)
 
 
-def rope_angles_cost(n_tokens, n_pairs):
-    return Cost(4 * n_tokens + 4 * n_pairs + 8 * n_tokens * n_pairs)
+def rope_angles_cost(n_tokens, n_pairs, n_axes=1):
+    return Cost(4 * n_tokens * n_axes + 4 * n_pairs + 8 * n_tokens * n_pairs)
 
 
 def attention_temperature_cost(n_tokens):

@@ -1,8 +1,8 @@
 """The paged KV cache: one pool per kind of attention layer, pages handed to sequences and taken back.
 
-A pool holds K and V of all layers that share a window or chunk and a head geometry; a page is `page_size` consecutive
-positions of one sequence in every one of those layers. Local pools take pages back as soon as the window has passed
-them, or the chunk they lie in has ended. Layers that read another's K and V own no pages.
+A pool holds K and V of all layers that see the same positions and share a head geometry; a page is `page_size`
+consecutive positions of one sequence in every one of those layers. Local pools take pages back as soon as the window
+has passed them, or the chunk they lie in has ended. Layers that read another's K and V own no pages.
 """
 
 from bisect import bisect_left
@@ -16,8 +16,10 @@ from engine.models.spec import attention_kind
 class PoolSpec:
     """What one pool stores. Without window and chunk it is global.
 
-    layers  numbers of the model's layers whose K and V it holds, in order
-    shared  (layer, owner) of layers that read the K and V of one of these
+    layers       numbers of the model's layers whose K and V it holds, in order
+    shared       (layer, owner) of layers that read the K and V of one of these
+    sees_blocks  a soft token of a picture also sees the later ones of its picture; sees_whole_blocks: all of them,
+                 however long ago the window passed
     """
 
     window: int | None
@@ -26,6 +28,8 @@ class PoolSpec:
     layers: tuple
     chunk: int | None = None
     shared: tuple = ()
+    sees_blocks: bool = False
+    sees_whole_blocks: bool = False
 
     @property
     def kind(self):
@@ -40,11 +44,12 @@ class PoolSpec:
         """Bytes of K and V of one position in all of the pool's layers."""
         return 2 * len(self.layers) * self.n_kv_heads * self.head_dim * itemsize
 
-    def pages_needed(self, n_tokens, page_size):
-        """Most pages that a sequence of `n_tokens` computed one token at a time holds at once."""
+    def pages_needed(self, n_tokens, page_size, longest_run=1):
+        """Most pages that a sequence of `n_tokens` holds at once, computed one token at a time but for runs of up to
+        `longest_run` that are not split."""
         n_pages = -(-n_tokens // page_size)
         if self.window is not None:
-            return min(n_pages, self.live_pages(1, page_size))
+            return min(n_pages, self.live_pages(longest_run, page_size))
         if self.chunk is None or n_tokens <= self.chunk:
             return n_pages
         # A chunk is held until the first position of the next is there. Where chunks begin in a page repeats.
@@ -76,13 +81,14 @@ def pool_specs(spec):
     layers, shared = {}, {}
     for i, layer in enumerate(spec.layers):
         attention = layer.attention
-        key = attention.window, attention.chunk, attention.n_kv_heads, attention.head_dim
+        key = (attention.window, attention.chunk, attention.sees_blocks, attention.sees_whole_blocks,
+               attention.n_kv_heads, attention.head_dim)
         if layer.kv_from is None:
             layers.setdefault(key, []).append(i)
         else:
             shared.setdefault(key, []).append((i, layer.kv_from))
-    return tuple(PoolSpec(window, n_kv_heads, head_dim, tuple(ids), chunk, tuple(shared.get(key, ())))
-                 for key, ids in layers.items() for window, chunk, n_kv_heads, head_dim in (key,))
+    return tuple(PoolSpec(window, n_kv_heads, head_dim, tuple(ids), chunk, tuple(shared.get(key, ())), *sees)
+                 for key, ids in layers.items() for window, chunk, *sees, n_kv_heads, head_dim in (key,))
 
 
 class PageAllocator:
@@ -165,11 +171,14 @@ class KVCache:
         """Empty holdings for a new sequence, one PageList a pool."""
         return [PageList([]) for _ in self.specs]
 
+    def room(self, sequence):
+        """How many more positions of `sequence` find pages, its own and free ones."""
+        return min((held.first + len(held.pages) + allocator.n_free) * self.page_size - sequence.n_cached
+                   for held, allocator in zip(sequence.page_lists, self.allocators, strict=True))
+
     def reserve(self, sequence, n_new):
         """Gives `sequence` pages for up to `n_new` more positions; returns for how many there was room, maybe 0."""
-        for held, allocator in zip(sequence.page_lists, self.allocators, strict=True):
-            room = (held.first + len(held.pages) + allocator.n_free) * self.page_size - sequence.n_cached
-            n_new = min(n_new, room)
+        n_new = min(n_new, self.room(sequence))
         if n_new <= 0:
             return 0
         n_logical = -(-(sequence.n_cached + n_new) // self.page_size)
@@ -179,9 +188,10 @@ class KVCache:
                 held.pages += allocator.allocate(missing, after=held.pages[-1] if held.pages else None)
         return n_new
 
-    def could_hold(self, n_tokens):
-        """Whether a sequence of n_tokens, nothing of it cached yet, would find its pages free now."""
-        return all(allocator.n_free >= spec.pages_needed(n_tokens, self.page_size)
+    def could_hold(self, n_tokens, longest_run=1):
+        """Whether a sequence of n_tokens, nothing of it cached yet, would find its pages free now; runs of up to
+        `longest_run` are not split."""
+        return all(allocator.n_free >= spec.pages_needed(n_tokens, self.page_size, longest_run)
                    for spec, allocator in zip(self.specs, self.allocators, strict=True))
 
     def trim(self, sequence):

@@ -13,10 +13,12 @@ class LayerScheduler:
 
     drops_at  the layer from which on only the rows are computed whose final states somebody wants: spec.drops_at, or
               any layer behind it
+    soft      [n_rows, hidden], where the soft tokens of pictures lie; None for a model of text
     """
 
-    def __init__(self, spec, weights, kv_cache, workspace, lane):
+    def __init__(self, spec, weights, kv_cache, workspace, lane, soft=None):
         _refuse_unknown(spec)
+        self.soft = soft
         self.spec, self.weights, self.kv_cache, self.workspace = spec, weights, kv_cache, workspace
         self.drops_at = spec.drops_at
         self._embed_scale = float(lane.dtype.type(spec.embed_scale))
@@ -43,6 +45,8 @@ class LayerScheduler:
         residual, normed, branch = (rows(name, batch.n_tokens, spec.hidden)
                                     for name in ("residual", "normed", "branch"))
         self.ops.embed(weights.embed, batch.token_ids, self._embed_scale, residual)
+        if batch.media_rows is not None:
+            self.ops.place_rows(self.soft, batch.media_source, batch.media_rows, residual)
         self._positions.compute(batch.positions)
         inputs = self._per_layer.compute(batch, residual) if self._per_layer else None
         if observe:
@@ -102,6 +106,8 @@ def _refuse_unknown(spec):
         if type(mlp) is MoeSpec and (mlp.dense is None or mlp.routing not in ("softmax", "sigmoid")):
             raise TypeError(f"layer {i}: no branch for experts by {mlp.routing!r} routing "
                             f"{'beside' if mlp.dense else 'without'} a dense MLP")
+        if attention.sees_blocks and attention.chunk is not None:
+            raise TypeError(f"layer {i}: no branch for chunked attention that sees all of a picture")
         is_shared = layer.kv_from is not None
         if is_shared and not (layer.kv_from < i and spec.layers[layer.kv_from].kv_from is None):
             raise TypeError(f"layer {i}: no branch for reading the K and V of layer {layer.kv_from}, which has none of "

@@ -2,6 +2,7 @@
 
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 from engine import prompts as prompt_input
@@ -11,6 +12,7 @@ from engine.config import EngineConfig
 from engine.core import Core
 from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
 from engine.explain import explain
+from engine.media_prompts import MediaPrompts
 from engine.memory_plan import plan_memory
 from engine.models import describe
 from engine.models.presets import PRESETS, preset
@@ -19,6 +21,8 @@ from engine.random import request_seed
 from engine.sampler import MAX_VOCAB
 from engine.sampling_params import SamplingParams
 from engine.tasks import Generation, Probe
+from engine.tensors import without_missing_media
+from engine.vision.picture import PictureProcessor
 from loaders.chat_template import ChatTemplate
 from loaders.config import Config
 from loaders.generation_config import load_generation_config
@@ -40,6 +44,8 @@ class LLM:
     page_size         tokens of one KV page
     kv_cache_bytes    None takes what max_seqs of max_seq_len need, at most a quarter of the host memory that is left,
                       or on cuda what memory_fraction leaves
+    encoder_cache_bytes  for soft tokens of pictures, at least what one step can need; None is room for eight of the
+                      largest pictures
     memory_fraction   share of the GPU's free memory (or of plan's memory_bytes) to use
     prefix_caching    accepted; has no effect yet
     graphs            True and "auto" replay decode steps as CUDA graphs on cuda; False launches every kernel
@@ -55,22 +61,27 @@ class LLM:
     def __init__(self, model, device="auto", dtype="auto", draft=None, n_draft_tokens=4, max_seq_len=None, max_seqs=64,
                  max_batch_tokens=2048, page_size=16, kv_cache_bytes=None, memory_fraction=0.9, prefix_caching=True,
                  graphs="auto", ple="device", gemm="own", draft_sampling="argmax", relaxed_acceptance=None, seed=0,
-                 progress=True):
+                 progress=True, encoder_cache_bytes=None):
         arguments = dict(locals())
         self.config = EngineConfig(**{field.name: arguments[field.name] for field in fields(EngineConfig)})
         self.lane = open_lane(device, dtype, gemm)
         self.path = Path(resolve(model, progress=progress))
-        self.spec = describe(Config.load(self.path))
+        described = describe(Config.load(self.path))
         self.tokenizer = Tokenizer.load(self.path)
         self.chat_template = ChatTemplate.load(self.path)
-        if self.spec.vocab > MAX_VOCAB:
-            raise ConfigError(f"config.json: vocab_size is {self.spec.vocab}, the sampler takes at most {MAX_VOCAB}")
+        if described.vocab > MAX_VOCAB:
+            raise ConfigError(f"config.json: vocab_size is {described.vocab}, the sampler takes at most {MAX_VOCAB}")
         self.generation = load_generation_config(self.path)
-        eos_ids = self.generation.eos_token_ids or self.spec.eos_ids
-        self.eos_ids = tuple(i for i in eos_ids if i < self.spec.vocab)     # a shrunk vocabulary cannot emit the others
+        eos_ids = self.generation.eos_token_ids or described.eos_ids
+        self.eos_ids = tuple(i for i in eos_ids if i < described.vocab)     # a shrunk vocabulary cannot emit the others
         self.default_params = _default_params(self.generation.sampling)
         with Checkpoint.open(self.path) as checkpoint:
+            self.spec = without_missing_media(described, checkpoint.tensors)
+            self.pictures = PictureProcessor.load(self.path, self.spec.media.tower) if self.spec.media else None
             self._core = Core.open(self.spec, self.config, self.lane, checkpoint, self._loading)
+        self._prompts = MediaPrompts(self.spec, self.tokenizer, self.pictures,
+                                     "the checkpoint has no vision tensors" if described.media else
+                                     "this engine knows no vision part of the model: it takes text only")
         self._n_requests = 0
         self._counts = dict.fromkeys(("requests", "finished", "errors", "aborted", "prompt_tokens",
                                       "generated_tokens"), 0)
@@ -88,6 +99,10 @@ class LLM:
         return self._core.kv_cache
 
     @property
+    def encoder_cache(self):
+        return self._core.encoder_cache
+
+    @property
     def scheduler(self):
         return self._core.scheduler
 
@@ -98,62 +113,77 @@ class LLM:
     def generate(self, prompts, params=None):
         """Completes prompts; returns a RequestOutput each, in order, or one for a single prompt.
 
-        prompts  str, list of ids, or dict {"prompt" | "token_ids": ...}; or a list of those
+        prompts  str, list of ids, or dict {"prompt" | "token_ids": ..., "images": [...], "videos": [...],
+                 "image_tokens": n, "video_tokens": n}; or a list of those
         params   one SamplingParams, or a list with one a prompt; None takes the checkpoint's generation_config.json
+        An image is a path, the bytes of a file, a PIL image, a uint8 array or an Image; a video a file, a list of
+        images or a Video. They stand, in order, where a text has the checkpoint's placeholders (<|image|>, <|video|>;
+        Gemma 3: <start_of_image>), or token ids the id of soft tokens, once or for each of them. image_tokens and
+        video_tokens are how many soft tokens a picture and a frame may take (Gemma 4: 70, 140, 280, 560 or 1120).
         A bad item of a list gives an output with finish_reason "error" and .error in its place while the rest finish;
         a single bad prompt raises PromptError or ParamsError.
         """
         prompts = prompt_input.as_prompts(prompts)
         if prompt_input.is_single(prompts):
-            return self._run([self._admit(prompts, params, self._prompt_ids)])[0]
-        return self._run(self._admit_all(prompts, params, self._prompt_ids))
+            return self._run([self._admit(prompts, params, prompt_input.as_prompt)])[0]
+        return self._run(self._admit_all(prompts, params, prompt_input.as_prompt))
 
-    def chat(self, messages, params=None):
+    def chat(self, messages, params=None, image_tokens=None, video_tokens=None):
         """Answers a conversation, or a list of them, through the checkpoint's chat template; returns as generate does.
 
-        messages  [{"role": "system" | "user" | "assistant", "content": text or [{"type": "text", "text": ...}]}, ...]
+        messages  [{"role": "system" | "user" | "assistant", "content": text or a list of parts}, ...]; a part is
+                  {"type": "text", "text": ...}, {"type": "image", "image": ...} or {"type": "video", "video": ...},
+                  with images and videos, image_tokens and video_tokens as generate takes them
         """
+        as_prompt = partial(self._rendered, image_tokens=image_tokens, video_tokens=video_tokens)
         if not isinstance(messages, (list, tuple)) or not messages or isinstance(messages[0], dict):
-            return self._run([self._admit(messages, params, self.chat_prompt)])[0]
-        return self._run(self._admit_all(messages, params, self.chat_prompt))
+            return self._run([self._admit(messages, params, as_prompt)])[0]
+        return self._run(self._admit_all(messages, params, as_prompt))
 
-    def chat_prompt(self, messages):
-        """Token ids of a conversation rendered by the chat template, ready for the model's turn. Raises PromptError."""
-        if self.chat_template is None or self.tokenizer is None:
-            raise PromptError(f"{self.path} has no chat template or no tokenizer; use generate with a plain prompt")
-        prompt_input.refuse_media_parts(messages)
-        text = self.chat_template.render(messages, self.tokenizer.special_tokens)
-        return prompt_input.checked_ids(self.tokenizer.encode(text, add_special_tokens=False), self.spec.vocab)
+    def chat_prompt(self, messages, image_tokens=None, video_tokens=None):
+        """Token ids of a conversation rendered by the chat template, ready for the model's turn, soft tokens of its
+        images and videos included. Raises PromptError."""
+        return self._prompts.ids(self._rendered(messages, image_tokens, video_tokens))[0]
 
     def stream(self, prompt, params=None):
         """Yields a StreamPiece for every step that adds something to one prompt's text; the last has a finish_reason.
 
         The prompt is checked at the call. Closing the generator aborts the request; other requests may run meanwhile.
         """
-        ids, task = self._admit(prompt, params, self._prompt_ids)
-        return self._stream(ids, task)
+        return self._stream(self._admit(prompt, params, prompt_input.as_prompt))
 
-    def forward(self, token_ids, images=None, videos=None, return_logits="last", return_hidden_states=False):
+    def stream_chat(self, messages, params=None, image_tokens=None, video_tokens=None):
+        """Answers one conversation, given as chat takes it, and yields the answer as stream does."""
+        as_prompt = partial(self._rendered, image_tokens=image_tokens, video_tokens=video_tokens)
+        return self._stream(self._admit(messages, params, as_prompt))
+
+    def forward(self, token_ids, images=None, videos=None, return_logits="last", return_hidden_states=False,
+                image_tokens=None, video_tokens=None):
         """Runs token ids through the model without sampling, as one ragged batch, through the same scheduler, chunks,
         pages and ops as generate.
 
         token_ids             list of lists of ids
+        images, videos        None, or for each row None or the list of those it holds; image_tokens, video_tokens: as
+                              generate takes them. Logits and states are of the row's positions once expanded
         return_logits         "last" | "all" | n: logits of the last position, all of them, the last n of each row
         return_hidden_states  False | True (after the final norm) | "layers" (embeddings, then after every layer)
         Returns ForwardOutput. Raises PromptError, ConfigError.
         """
-        prompt_input.refuse_media(images, videos)
         if return_hidden_states not in (False, True, "layers"):
             raise ConfigError(f"return_hidden_states is {return_hidden_states!r}, expected False, True or 'layers'")
         if return_logits not in ("last", "all") and not (is_int(return_logits) and return_logits >= 1):
             raise ConfigError(f"return_logits is {return_logits!r}, expected 'last', 'all' or an int >= 1")
+        rows = prompt_input.as_list(token_ids, "token_ids", "a list of lists of ids")
+        images, videos = (prompt_input.media_rows(media, what, len(rows))
+                          for media, what in ((images, "images"), (videos, "videos")))
         admitted = []
-        for row in prompt_input.as_list(token_ids, "token_ids", "a list of lists of ids"):
+        for row, *media in zip(rows, images, videos, strict=True):
             ids = prompt_input.checked_ids(row, self.spec.vocab)
-            prompt_input.check_length(len(ids), self.max_seq_len)
+            ids, runs = self._prompts.ids(prompt_input.Prompt(ids, *media, image_tokens, video_tokens))
+            prompt_input.check_length(len(ids), self.max_seq_len, media=runs)
             n_returned = {"last": 1, "all": len(ids)}.get(return_logits) or min(return_logits, len(ids))
-            admitted.append((ids, Probe(len(ids), len(ids) - n_returned, self.spec, return_hidden_states)))
-        tasks = [task for _, task in admitted]
+            admitted.append((ids, Probe(len(ids), len(ids) - n_returned, self.spec, return_hidden_states), runs))
+        tasks = [task for _, task, _ in admitted]
         with self._running(admitted) as sequences:
             while not all(sequence.task.is_finished for sequence in sequences):
                 self._core.loop.step()
@@ -172,10 +202,12 @@ class LLM:
         """Counters since the engine opened, as a dict."""
         pools = [{"kind": spec.kind, "n_pages": pages.n_pages, "n_free": pages.n_free}
                  for spec, pages in zip(self.kv_cache.specs, self.kv_cache.allocators, strict=True)]
+        pictures = self._core.encoder_cache
         return {**self._counts, "steps": self.scheduler.n_steps, "preemptions": self.scheduler.n_preemptions,
-                "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), "pools": pools}
+                "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), "pools": pools,
+                **({"encoder_cache": pictures.stats()} if pictures else {})}
 
-    def _admit_all(self, prompts, params, ids_of):
+    def _admit_all(self, prompts, params, as_prompt):
         """What _admit returns for each prompt; one that it refuses becomes an error output."""
         if params is None or isinstance(params, SamplingParams):
             params = [params] * len(prompts)
@@ -186,27 +218,33 @@ class LLM:
         admitted = []
         for prompt, one in zip(prompts, params, strict=True):
             try:
-                admitted.append(self._admit(prompt, one, ids_of))
+                admitted.append(self._admit(prompt, one, as_prompt))
             except RawgemError as error:
                 self._counts["requests"] += 1
                 self._counts["errors"] += 1
                 admitted.append(RequestOutput(finish_reason="error", error=error, metrics=RequestMetrics()))
         return admitted
 
-    def _prompt_ids(self, prompt):
-        return prompt_input.token_ids_of(prompt, self.tokenizer, self.spec.vocab)
+    def _rendered(self, messages, image_tokens=None, video_tokens=None):
+        """The Prompt that the chat template makes of a conversation."""
+        if self.chat_template is None or self.tokenizer is None:
+            raise PromptError(f"{self.path} has no chat template or no tokenizer; use generate with a plain prompt")
+        messages, images, videos = prompt_input.without_media(messages)
+        return prompt_input.Prompt(self.chat_template.render(messages, self.tokenizer.special_tokens), images, videos,
+                                   image_tokens, video_tokens, "the conversation as its template writes it",
+                                   is_rendered=True)
 
-    def _admit(self, prompt, params, ids_of):
-        """Checks one request, whose token ids are ids_of(prompt); returns (token ids, Generation). Raises PromptError,
-        ParamsError."""
+    def _admit(self, prompt, params, as_prompt):
+        """Checks one request, whose Prompt is as_prompt(prompt); returns (token ids, Generation, MediaRuns). Raises
+        PromptError, ParamsError."""
         self._n_requests += 1
         params = self.default_params if params is None else params
         self._check_params(params)
-        ids = ids_of(prompt)
-        prompt_input.check_length(len(ids), self.max_seq_len - 1, "the prompt, before the first generated token,")
+        ids, runs = self._prompts.ids(as_prompt(prompt))
+        prompt_input.check_length(len(ids), self.max_seq_len - 1, "the prompt, before the first generated token,", runs)
         seed = request_seed(self.config.seed, self._n_requests) if params.seed is None else params.seed
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
-        return ids, Generation(ids, params, seed, self.eos_ids, detokenizer, self.max_seq_len)
+        return ids, Generation(ids, params, seed, self.eos_ids, detokenizer, self.max_seq_len), runs
 
     def _check_params(self, params):
         if not isinstance(params, SamplingParams):
@@ -240,8 +278,9 @@ class LLM:
                 n_done = n_now
         return [one if isinstance(one, RequestOutput) else one[1].output for one in admitted]
 
-    def _stream(self, ids, task):
-        with self._running([(ids, task)]):
+    def _stream(self, admitted):
+        task = admitted[1]
+        with self._running([admitted]):
             while True:
                 if not task.is_finished:
                     self._core.loop.step()
@@ -254,7 +293,7 @@ class LLM:
 
     @contextmanager
     def _running(self, admitted):
-        """Submits (ids, task) pairs; whatever way the block is left, what has not ended by then is aborted."""
+        """Submits (ids, task, media) each; whatever way the block is left, what has not ended by then is aborted."""
         sequences = []
         try:
             for one in admitted:

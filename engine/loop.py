@@ -10,18 +10,21 @@ class Loop:
     """Runs every submitted sequence to its end, one step at a time; knows nothing of text or files.
 
     Threads may submit and step at once: one at a time gets in, and whoever does computes for all.
+
+    pad  the id that is looked up at the positions of soft tokens
     """
 
-    def __init__(self, runner, scheduler, kv_cache):
-        self.runner, self.scheduler, self.kv_cache = runner, scheduler, kv_cache
+    def __init__(self, runner, scheduler, kv_cache, pad=0):
+        self.runner, self.scheduler, self.kv_cache, self._pad = runner, scheduler, kv_cache, pad
         self._n_submitted = 0
         self._lock = RLock()
 
-    def submit(self, tokens, task):
-        """Queues token ids for `task` (a Generation or a Probe); returns the Sequence."""
+    def submit(self, tokens, task, media=()):
+        """Queues token ids, with the MediaRuns of their pictures, for `task` (a Generation or a Probe); returns the
+        Sequence."""
         with self._lock:
             self._n_submitted += 1
-            sequence = Sequence(self._n_submitted, list(tokens), task, self.kv_cache.new_page_lists())
+            sequence = Sequence(self._n_submitted, list(tokens), task, self.kv_cache.new_page_lists(), media)
             self.scheduler.add(sequence)
             return sequence
 
@@ -49,7 +52,7 @@ class Loop:
 
     def _compute(self, work):
         """Runs the model over `work` and gives every task its states, logits and next token."""
-        batch = Batch.build(work, self.kv_cache)
+        batch = Batch.build(work, self.kv_cache, self._pad)
         for (sequence, _), (token, logprobs) in zip(batch.to_sample, self.runner.run(batch), strict=True):
             sequence.tokens.append(token)
             sequence.next_logit += 1

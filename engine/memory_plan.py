@@ -10,6 +10,8 @@ from engine.floor import floor
 from engine.kv_cache import PoolSpec, pool_specs
 from engine.step_inputs import Stager
 from engine.tensors import n_weights
+from engine.vision.encoder import VisionEncoder
+from engine.vision.encoder_cache import EncoderCache
 from engine.workspace import Workspace
 
 HOST_SHARE = 4      # by default the KV cache takes a quarter of the host memory that is left: other programs live there
@@ -21,13 +23,15 @@ CGROUPS = (("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
 
 @dataclass(frozen=True)
 class PoolPlan:
-    """One KV pool. page_bytes counts K and V of all its layers; seq_pages is what one longest sequence holds."""
+    """One KV pool. page_bytes counts K and V of all its layers; seq_pages is what one longest sequence holds, and
+    run_pages what it takes more for as long as a step computes its longest picture."""
 
     spec: PoolSpec
     n_pages: int
     page_size: int
     page_bytes: int
     seq_pages: int
+    run_pages: int = 0
 
     @property
     def kind(self):
@@ -53,6 +57,10 @@ class MemoryPlan:
 
     step_bytes, full_step_bytes  what a step reads that decodes a token of one sequence of that length, and of all
                                  n_full_seqs: the weights it touches, K and V
+    max_step_tokens              tokens of a step at most: max_batch_tokens, or more where a picture is never split
+    longest_run                  soft tokens of the largest picture that is never split; 1 where pictures may be
+    vision_bytes                 buffers of the vision encoder
+    n_soft_rows                  soft tokens that the encoder cache has room for, of soft_row_bytes each
     """
 
     memory_bytes: int
@@ -63,6 +71,15 @@ class MemoryPlan:
     max_seqs: int
     step_bytes: int = 0
     full_step_bytes: int = 0
+    max_step_tokens: int = 0
+    longest_run: int = 1
+    vision_bytes: int = 0
+    n_soft_rows: int = 0
+    soft_row_bytes: int = 0
+
+    @property
+    def encoder_cache_bytes(self):
+        return self.n_soft_rows * self.soft_row_bytes
 
     @property
     def kv_bytes(self):
@@ -70,12 +87,13 @@ class MemoryPlan:
 
     @property
     def free_bytes(self):
-        return self.memory_bytes - self.weights_bytes - self.workspace_bytes - self.kv_bytes
+        return (self.memory_bytes - self.weights_bytes - self.workspace_bytes - self.vision_bytes
+                - self.encoder_cache_bytes - self.kv_bytes)
 
     @property
     def n_full_seqs(self):
         """How many sequences of max_seq_len tokens run side by side."""
-        return min(self.max_seqs, *(pool.n_pages // pool.seq_pages for pool in self.pools))
+        return min(self.max_seqs, *((pool.n_pages - pool.run_pages) // pool.seq_pages for pool in self.pools))
 
     def __str__(self):
         rows = [("weights", self.weights_bytes, "")]
@@ -84,7 +102,11 @@ class MemoryPlan:
                          f"tokens, {pool.token_bytes} bytes a token in {len(pool.spec.layers)} layers "
                          f"({pool.spec.n_kv_heads} KV heads of {pool.spec.head_dim})"
                          + (f", which {len(pool.spec.shared)} more read" if pool.spec.shared else "")))
-        rows += [("workspace", self.workspace_bytes, ""), ("free", self.free_bytes, "")]
+        rows.append(("workspace", self.workspace_bytes, ""))
+        if self.n_soft_rows:
+            rows += [("vision encoder", self.vision_bytes, ""),
+                     ("encoder cache", self.encoder_cache_bytes, f"{self.n_soft_rows} soft tokens of pictures")]
+        rows.append(("free", self.free_bytes, ""))
         lines = [f"{name:<18}{n_bytes / 2**20:>12.1f} MiB  {note}".rstrip() for name, n_bytes, note in rows]
         lines.append(f"longest sequence {self.max_seq_len} tokens; {self.n_full_seqs} of that length at once")
         lines.append(f"a step of 1 token reads at most {self.step_bytes / 2**20:.1f} MiB of weights, K and V; a step "
@@ -103,38 +125,58 @@ def plan_memory(spec, config, kind, memory_bytes=None):
     if limit > spec.max_positions:
         raise ConfigError(f"max_seq_len is {limit}, the model's max_position_embeddings is {spec.max_positions}")
     itemsize, specs = DTYPES[kind].itemsize, pool_specs(spec)
-    weights_bytes = n_weights(spec, config.ple) * itemsize
-    workspace_bytes = Workspace.n_bytes(spec, config.max_batch_tokens, config.max_seqs, itemsize,
-                                        ops_of(kind, config.gemm))
+    weights_bytes, ops = n_weights(spec, config.ple) * itemsize, ops_of(kind, config.gemm)
+    longest_run, max_step_tokens = step_limits(spec, config, limit)
+    workspace_bytes = Workspace.n_bytes(spec, max_step_tokens, config.max_seqs, itemsize, ops)
     if kind != "cpu":
-        workspace_bytes += Stager.n_bytes(specs, config.max_batch_tokens, config.max_seqs, limit, config.page_size,
-                                          spec.per_layer_width * itemsize if config.ple == "host" else 0)
+        workspace_bytes += Stager.n_bytes(specs, max_step_tokens, config.max_seqs, limit, config.page_size,
+                                          spec.per_layer_width * itemsize if config.ple == "host" else 0, longest_run)
+    vision_bytes = n_soft_rows = 0
+    if spec.media:
+        vision_bytes = VisionEncoder.n_bytes(spec, itemsize)
+        n_soft_rows = EncoderCache.n_rows(spec, max_step_tokens, min(spec.media.tower.most_tokens, limit),
+                                          config.encoder_cache_bytes, itemsize)
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
-    left = memory - weights_bytes - workspace_bytes
+    working_bytes = workspace_bytes + vision_bytes + n_soft_rows * spec.hidden * itemsize
+    left = memory - weights_bytes - working_bytes
     kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)
     if left <= 0 or kv_bytes > left:
         came = f"kv_cache_bytes of {kv_bytes}" if config.kv_cache_bytes else "nothing of it left for the KV cache"
-        raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {workspace_bytes} of "
-                              f"workspace with {came}; lower kv_cache_bytes, max_batch_tokens or max_seqs, or use a "
-                              "larger memory")
+        raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {working_bytes} of "
+                              f"workspace{' and encoder cache' if spec.media else ''} with {came}; lower "
+                              "kv_cache_bytes, max_batch_tokens or max_seqs, or use a larger memory")
     page_bytes = [pool.token_bytes(itemsize) * config.page_size for pool in specs]
-    fits = _longest_that_fits(specs, config.page_size, page_bytes, kv_bytes, limit)
+    fits = _longest_that_fits(specs, config.page_size, page_bytes, kv_bytes, limit, longest_run)
     if fits < (config.max_seq_len or 1):
         raise MemoryPlanError(f"a KV cache of {kv_bytes} bytes holds one sequence of {fits} tokens, max_seq_len is "
                               f"{config.max_seq_len or 'at least 1'}; raise kv_cache_bytes, or lower max_seq_len "
                               "or page_size")
-    n_pages = _size_pools(specs, config, page_bytes, kv_bytes, fits)
-    pools = tuple(PoolPlan(pool, n, config.page_size, n_bytes, pool.pages_needed(fits, config.page_size))
-                  for pool, n, n_bytes in zip(specs, n_pages, page_bytes, strict=True))
-    plan = MemoryPlan(memory, weights_bytes, workspace_bytes, pools, fits, config.max_seqs)
+    seq_pages, run_pages = ([pool.pages_needed(fits, config.page_size, n) for pool in specs] for n in (1, longest_run))
+    n_pages = _size_pools(specs, config, page_bytes, kv_bytes, fits, seq_pages, run_pages, max_step_tokens)
+    pools = tuple(PoolPlan(pool, n, config.page_size, n_bytes, held, at_once - held) for pool, n, n_bytes, held, at_once
+                  in zip(specs, n_pages, page_bytes, seq_pages, run_pages, strict=True))
+    plan = MemoryPlan(memory, weights_bytes, workspace_bytes, pools, fits, config.max_seqs,
+                      max_step_tokens=max_step_tokens, longest_run=longest_run, vision_bytes=vision_bytes,
+                      n_soft_rows=n_soft_rows, soft_row_bytes=spec.hidden * itemsize if spec.media else 0)
     one, full = (floor(spec, [(n, 1, fits)], itemsize, itemsize).bytes for n in (1, plan.n_full_seqs))
     return replace(plan, step_bytes=one, full_step_bytes=full)
 
 
-def _longest_that_fits(specs, page_size, page_bytes, kv_bytes, limit):
-    """The largest n <= limit such that one sequence of n tokens fits kv_bytes; 0 if none."""
+def step_limits(spec, config, max_seq_len):
+    """(soft tokens of the longest run that is never split, or 1; tokens of a step at most).
+
+    Where a picture is never split, it may come to a step beside decodes of all other sequences.
+    """
+    if not spec.has_blocks:
+        return 1, config.max_batch_tokens
+    longest_run = min(spec.media.tower.most_tokens, max_seq_len)
+    return longest_run, max(config.max_batch_tokens, config.max_seqs + longest_run)
+
+
+def _longest_that_fits(specs, page_size, page_bytes, kv_bytes, limit, longest_run):
+    """The largest n <= limit such that one sequence of n tokens, pictures in it, fits kv_bytes; 0 if none."""
     def fits(n):
-        pages = [pool.pages_needed(n, page_size) for pool in specs]
+        pages = [pool.pages_needed(n, page_size, longest_run) for pool in specs]
         return sum(n_pages * size for n_pages, size in zip(pages, page_bytes, strict=True)) <= kv_bytes
     low, high = 0, limit
     while low < high:
@@ -143,15 +185,15 @@ def _longest_that_fits(specs, page_size, page_bytes, kv_bytes, limit):
     return low
 
 
-def _size_pools(specs, config, page_bytes, kv_bytes, max_seq_len):
-    """Pages of each pool: one longest sequence first, then up to max_seqs of them. Where that is more than there is,
-    local pools get at most half of the rest: short sequences need as many pages of one kind as of the other."""
+def _size_pools(specs, config, page_bytes, kv_bytes, max_seq_len, seq_pages, base, max_step_tokens):
+    """Pages of each pool: `base`, one longest sequence and its longest picture, first, then up to max_seqs of them.
+    Where that is more than there is, local pools get at most half of the rest: short sequences need as many pages of
+    one kind as of the other."""
     size = config.page_size
-    base = [pool.pages_needed(max_seq_len, size) for pool in specs]
     # Beyond its window or chunk a local pool also holds, for a moment, the tokens of the step at hand.
     most = [min(config.max_seqs * -(-max_seq_len // size),
-                config.max_seqs * (pages + 1) + -(-config.max_batch_tokens // size)) if pool.is_local else
-            config.max_seqs * pages for pool, pages in zip(specs, base, strict=True)]
+                config.max_seqs * (pages + 1) + -(-max_step_tokens // size)) if pool.is_local else
+            config.max_seqs * pages for pool, pages in zip(specs, seq_pages, strict=True)]
     pages, rest = list(base), kv_bytes - sum(n * b for n, b in zip(base, page_bytes, strict=True))
     local = [i for i, pool in enumerate(specs) if pool.is_local]
     others = [i for i, pool in enumerate(specs) if not pool.is_local]

@@ -5,22 +5,28 @@ reads where its sequences begin and end. On the `cpu` lane, where arrays are flo
 matrix products and attention.
 """
 
+from math import ceil
+
 import numpy as np
 
 from engine.floor import visible
 from engine.kernel_cost import (
+    add_bias_cost,
     add_norm_cost,
     add_norms_cost,
     add_residual_cost,
+    add_rows_cost,
     apply_edits_cost,
     attention_cost,
     attention_temperature_cost,
+    clamp_cost,
     count_weights_cost,
     draw_cost,
     embed_cost,
     gate_per_layer_cost,
     gemm_cost,
     largest_logit_cost,
+    layer_norm_cost,
     list_likeliest_cost,
     logit_softcap_cost,
     mix_per_layer_cost,
@@ -28,6 +34,8 @@ from engine.kernel_cost import (
     moe_gemm_cost,
     moe_order_cost,
     moe_pick_cost,
+    place_rows_cost,
+    pool_rows_cost,
     qk_norm_rope_cache_cost,
     rms_norm_cost,
     rope_angles_cost,
@@ -54,6 +62,38 @@ def select_rows(x, rows, out):
     """No row is taken to occur twice."""
     n_kept, (n, width) = rows.shape[0], x.shape
     return select_rows_cost(n_kept, min(n_kept, n), width * x.dtype.itemsize // 4)
+
+
+def place_rows(x, source, rows, out):
+    """No row is taken to be placed twice."""
+    n_placed, (n, width) = rows.shape[0], x.shape
+    return place_rows_cost(n_placed, min(n_placed, n), width * x.dtype.itemsize // 4)
+
+
+def add_rows(x, table, rows, out):
+    """One number a row: none is taken to occur twice. Two: those of a square picture, a row and a column at a time."""
+    n, n_axes = rows.shape
+    n_used = n if n_axes == 1 else ceil(2 * n**0.5)
+    return add_rows_cost(n, n_axes, x.shape[1], min(n_used, table.shape[0]), x.dtype.itemsize)
+
+
+def pool_rows(x, groups, factor, bias, scale, out):
+    """No row is taken to be in two groups."""
+    n_out, k = groups.shape
+    return pool_rows_cost(n_out, k, min(n_out * k, x.shape[0]), x.shape[1], bias is not None, scale is not None,
+                          x.dtype.itemsize)
+
+
+def clamp(x, bounds, out, first=0):
+    return clamp_cost(*x.shape, x.dtype.itemsize)
+
+
+def add_bias(x, bias, out, activation=None, residual=None):
+    return add_bias_cost(*x.shape, residual is not None, x.dtype.itemsize)
+
+
+def layer_norm(x, weight, bias, eps, out):
+    return layer_norm_cost(*x.shape, x.dtype.itemsize)
 
 
 def scale_rows(x, weights, out):
@@ -87,7 +127,7 @@ def router_norm(x, scale, factor, eps, out):
 
 
 def rope_angles(positions, inv_freq, out):
-    return rope_angles_cost(positions.shape[0], inv_freq.shape[0])
+    return rope_angles_cost(positions.shape[0], inv_freq.shape[0], len(positions.shape))
 
 
 def attention_temperature(positions, scale, floor, out):
@@ -156,36 +196,38 @@ def moe_combine(y, weights, out):
 
 
 def attention(q, k_pages, v_pages, paged, *, scale, out, scratch=None, window=None, chunk=None, softcap=None):
-    """paged: its cu_seqlens, context_lens and, where it has one, last_visible are host arrays.
+    """paged: its cu_seqlens, context_lens and, where it has them, last_visible and first_visible are host arrays.
 
     Sums that a block carries from split to split are not counted, as in the header: they stay in the L2 cache.
     """
     itemsize, (page_size, n_kv_heads, head_dim) = q.dtype.itemsize, k_pages.shape[1:]
-    cu_seqlens, last_visible = np.asarray(paged.cu_seqlens, np.int64), paged.last_visible
+    cu_seqlens, limits = np.asarray(paged.cu_seqlens, np.int64), (paged.last_visible, paged.first_visible)
     begin, end, context = cu_seqlens[:-1], cu_seqlens[1:], np.asarray(paged.context_lens, np.int64)
     dims = {"n_heads": q.shape[1] // head_dim, "n_kv_heads": n_kv_heads, "head_dim": head_dim}
     seen = [visible(*row, window, chunk) for row in zip((end - begin).tolist(), context.tolist(), strict=True)]
     n_keys, n_pairs = sum(keys for keys, _ in seen), sum(pairs for _, pairs in seen)
-    if last_visible is not None:
+    if limits[0] is not None:
         position = np.arange(cu_seqlens[0], cu_seqlens[-1]) - np.repeat(end - context, end - begin)
-        last = np.minimum(np.asarray(last_visible, np.int64), np.repeat(context, end - begin) - 1)
+        last = np.minimum(np.asarray(limits[0], np.int64), np.repeat(context, end - begin) - 1)
         n_pairs += int((last - position).sum())
+    if limits[1] is not None and window is not None:
+        n_pairs += int(np.maximum(0, position - window + 1 - np.asarray(limits[1], np.int64)).sum())
     extra = (0, 0)
     if itemsize == KERNEL_ITEMSIZE:
         rows = tuple(zip(begin.tolist(), end.tolist(), context.tolist(), strict=True))
-        n_part_rows, n_work_bytes = _work(rows, last_visible, window, chunk, **dims)
+        n_part_rows, n_work_bytes = _work(rows, limits, window, chunk, **dims)
         n_entries = sum((last - 1) // page_size - (last - keys) // page_size + 1
                         for (keys, _), last in zip(seen, context.tolist(), strict=True) if keys)
         n_index = n_entries + 3 * len(context) + 1                  # page_begin, context_lens, cu_seqlens
-        extra = n_part_rows, n_work_bytes + 4 * (n_index + (0 if last_visible is None else q.shape[0]))
+        extra = n_part_rows, n_work_bytes + 4 * (n_index + sum(q.shape[0] for limit in limits if limit is not None))
     return attention_cost(n_keys, q.shape[0], **dims, n_part_rows=extra[0], n_index_bytes=extra[1], n_pairs=n_pairs,
                           itemsize=itemsize)
 
 
-def _work(rows, last_visible, window, chunk, *, n_heads, n_kv_heads, head_dim):
+def _work(rows, limits, window, chunk, *, n_heads, n_kv_heads, head_dim):
     """(rows of partial sums, bytes of work lists and counters) of a step, rows as planning.plan() takes them."""
     lists = planning.plan(rows, n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=head_dim, window=window, chunk=chunk,
-                          last_visible=last_visible)
+                          last_visible=limits[0], first_visible=limits[1])
     n_rows = np.array([end - begin for begin, end, _ in rows], np.int64) * (n_heads // n_kv_heads)
     n_part_rows = n_bytes = 0
     for work, is_decode in ((lists.decode, True), (lists.prefill, False)):

@@ -1,14 +1,33 @@
-"""What a caller passes as a prompt → token ids, or a PromptError that says what is wrong with it."""
+"""What a caller passes as prompts → Prompts, or a PromptError that says what is wrong; media_prompts goes on."""
 
 from collections.abc import Iterable, Set
+from dataclasses import dataclass
 from numbers import Number
 
 from engine.checks import is_int
 from engine.errors import PromptError
 
-KEYS = ("prompt", "token_ids", "images", "videos")
-NO_MEDIA = "images and videos are not supported yet; this engine runs the text part of a checkpoint"
+KEYS = ("prompt", "token_ids", "images", "videos", "image_tokens", "video_tokens")
 FORMS = "a str, a list of token ids, a dict with prompt or token_ids"
+FOREIGN_PARTS = {"image_url": "image", "input_image": "image", "video_url": "video", "input_video": "video"}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt: what it says, and the media that its placeholders stand for, in their order.
+
+    content       text, or token ids as they came
+    image_tokens  soft tokens a picture may take; video_tokens: a frame; None is the checkpoint's default
+    origin        how errors call it; of a text that a template wrote, which brings its own begin-of-text token
+    """
+
+    content: object
+    images: tuple = ()
+    videos: tuple = ()
+    image_tokens: int | None = None
+    video_tokens: int | None = None
+    origin: str = "the prompt"
+    is_rendered: bool = False
 
 
 def as_prompts(prompts):
@@ -24,47 +43,72 @@ def is_single(prompts):
     return isinstance(prompts, (str, dict)) or (bool(prompts) and all(isinstance(i, Number) for i in prompts))
 
 
-def token_ids_of(prompt, tokenizer, vocab):
-    """The token ids of one prompt: a str, ids, or {"prompt" | "token_ids": ...}. Raises PromptError."""
-    if isinstance(prompt, dict):
-        if unknown := [key for key in prompt if key not in KEYS]:
-            raise PromptError(f"a prompt dict has key {unknown[0]!r}, expected {', '.join(KEYS)}")
-        refuse_media(prompt.get("images"), prompt.get("videos"))
-        given = [key for key in ("prompt", "token_ids") if prompt.get(key) is not None]
-        if len(given) != 1:
-            raise PromptError(f"a prompt dict has {' and '.join(given) or 'neither'}, expected prompt or token_ids")
-        prompt = prompt[given[0]]
-        if isinstance(prompt, str) != (given[0] == "prompt"):
-            raise PromptError(f"{given[0]} is of type {type(prompt).__name__}, expected "
-                              + ("a str" if given[0] == "prompt" else "a list of ids"))
-    if isinstance(prompt, str):
-        if tokenizer is None:
-            raise PromptError("the prompt is text, but the checkpoint has no tokenizer files; pass token ids")
-        if not prompt:
-            raise PromptError("the prompt is empty; to begin from nothing pass the id of the begin-of-text token",
-                              n_tokens=0)
-        return checked_ids(tokenizer.encode(prompt), vocab)
-    return checked_ids(prompt, vocab)
+def as_prompt(prompt):
+    """The Prompt that a caller means by a str, ids, or {"prompt" | "token_ids": ..., "images": [...], ...}. Raises
+    PromptError; what its text, ids and media hold is looked at later."""
+    if not isinstance(prompt, dict):
+        return Prompt(prompt)
+    if unknown := [key for key in prompt if key not in KEYS]:
+        raise PromptError(f"a prompt dict has key {unknown[0]!r}, expected {', '.join(KEYS)}")
+    given = [key for key in ("prompt", "token_ids") if prompt.get(key) is not None]
+    if len(given) != 1:
+        raise PromptError(f"a prompt dict has {' and '.join(given) or 'neither'}, expected prompt or token_ids")
+    content = prompt[given[0]]
+    if isinstance(content, str) != (given[0] == "prompt"):
+        raise PromptError(f"{given[0]} is of type {type(content).__name__}, expected "
+                          + ("a str" if given[0] == "prompt" else "a list of ids"))
+    return Prompt(content, media_list(prompt.get("images"), "images"), media_list(prompt.get("videos"), "videos"),
+                  prompt.get("image_tokens"), prompt.get("video_tokens"))
 
 
-def refuse_media(images, videos):
-    """Raises PromptError if there are any: None, and lists of nothing or of None, are fine."""
-    for media in (images, videos):
-        if any(not _is_nothing(entry) for entry in (media if isinstance(media, (list, tuple)) else [media])):
-            raise PromptError(NO_MEDIA)
+def media_list(sources, what):
+    """`sources` as a tuple; None is an empty one. Raises PromptError for what is no list: a path, one picture."""
+    if sources is None:
+        return ()
+    if not isinstance(sources, (list, tuple)):
+        raise PromptError(f"{what} is of type {type(sources).__name__}, expected a list of {what}")
+    return tuple(sources)
 
 
-def refuse_media_parts(messages):
-    """Raises PromptError if a message has a part that is not text: a template would drop it in silence."""
-    for message in messages if isinstance(messages, (list, tuple)) else ():
+def media_rows(sources, what, n_rows):
+    """For each of n_rows prompts the tuple of its media; None is no media at all. Raises PromptError."""
+    rows = media_list(sources, what) or (None,) * n_rows
+    if len(rows) != n_rows:
+        raise PromptError(f"{what} has {len(rows)} entries for {n_rows} rows, expected a list or None for each")
+    return [media_list(row, f"{what}[{i}]") for i, row in enumerate(rows)]
+
+
+def without_media(messages):
+    """(messages as a chat template reads them, images, videos): parts of type image and video keep only their type.
+    Raises PromptError for parts of other types, which a template would drop in silence; ChatTemplate checks the rest.
+    """
+    found = {"image": [], "video": []}
+    if not isinstance(messages, (list, tuple)):
+        return messages, (), ()
+    plain = []
+    for message in messages:
         content = message.get("content") if isinstance(message, dict) else None
-        for part in content if isinstance(content, (list, tuple)) else ():
-            if isinstance(part, dict) and part.get("type") != "text":
-                raise PromptError(f"a message has a part of type {part.get('type')!r}: {NO_MEDIA}")
+        if isinstance(content, (list, tuple)):
+            message = {**message, "content": [_plain_part(part, found) for part in content]}
+        plain.append(message)
+    return plain, tuple(found["image"]), tuple(found["video"])
 
 
-def _is_nothing(entry):
-    return entry is None or (isinstance(entry, (list, tuple)) and not entry)
+def _plain_part(part, found):
+    """The part as a template reads it; the picture or video of one that has it is added to `found`."""
+    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(kind, str) or kind == "text":
+        return part                                     # malformed ones are the template's business
+    if kind not in found:
+        hint = FOREIGN_PARTS.get(kind)
+        raise PromptError(f"a message has a part of type {kind!r}, expected text, image or video"
+                          + (f'; write {{"type": "{hint}", "{hint}": a path, bytes or an array}}' if hint else ""))
+    if part.get(kind) is None or set(part) != {"type", kind}:
+        others = ", ".join(repr(key) for key in part if key not in ("type", kind)) or "nothing else"
+        raise PromptError(f"a message has a part of type {kind!r} with {others}, "
+                          f'expected {{"type": "{kind}", "{kind}": a path, bytes or an array}}')
+    found[kind].append(part[kind])
+    return {"type": kind}
 
 
 def checked_ids(ids, vocab):
@@ -89,8 +133,13 @@ def as_list(values, what, expected):
     return list(values)
 
 
-def check_length(n_tokens, limit, what="the prompt"):
-    """Raises PromptError when more than `limit` tokens came."""
-    if n_tokens > limit:
-        raise PromptError(f"{what} has {n_tokens} tokens, at most {limit} fit; shorten it or raise max_seq_len",
-                          n_tokens=n_tokens, limit=limit)
+def check_length(n_tokens, limit, what="the prompt", media=()):
+    """Raises PromptError when more than `limit` tokens came, of which the MediaRuns in `media` are a part."""
+    if n_tokens <= limit:
+        return
+    largest = max((run.picture.n_tokens for run in media), default=0)
+    if largest > limit:
+        raise PromptError(f"{what} has {n_tokens} tokens, {largest} of them a single picture, at most {limit} fit; ask "
+                          "for fewer image_tokens or video_tokens, or raise max_seq_len", n_tokens, limit)
+    raise PromptError(f"{what} has {n_tokens} tokens, at most {limit} fit; shorten it or raise max_seq_len",
+                      n_tokens=n_tokens, limit=limit)

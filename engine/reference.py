@@ -25,6 +25,14 @@ from engine.reference_rows import (  # noqa: F401  part of the op table
     router_norm,
     scale_rows,
 )
+from engine.reference_vision import (  # noqa: F401  part of the op table
+    add_bias,
+    add_rows,
+    clamp,
+    layer_norm,
+    place_rows,
+    pool_rows,
+)
 from engine.sampler import apply_edits  # noqa: F401  part of the op table, in place as it stands
 
 QUERIES = 64        # queries of one attention block: bounds the score matrix
@@ -33,6 +41,11 @@ QUERIES = 64        # queries of one attention block: bounds the score matrix
 def scratch_size(spec, max_tokens, max_logit_rows):
     """(floats, counters) that the ops of a ModelSpec want: room for gate and up of gated_linear."""
     return max_tokens * 2 * spec.widest_dense, 0
+
+
+def vision_scratch_size(tower, hidden, max_patches):
+    """The same of a vision tower's ops, for pictures of up to max_patches patches together."""
+    return max_patches * 2 * getattr(tower, "intermediate", 0), 0
 
 
 # --- embedding
@@ -52,9 +65,14 @@ def select_rows(x, rows, out):
 def rope_angles(positions, inv_freq, out):
     """out[t] = cos, sin of positions[t] * inv_freq, a product that is rounded to float32.
 
-    positions [n_tokens] int32, inv_freq [n_pairs] float32, out [n_tokens, 2, n_pairs].
+    positions  [n_tokens] int32; or [n_tokens, 2]: the first half of the pairs turns by column 0, the second by column 1
+    inv_freq   [n_pairs] float32
+    out        [n_tokens, 2, n_pairs]
     """
-    angles = positions.astype(np.float32)[:, None] * inv_freq
+    by_pair = positions.astype(np.float32)[:, None]
+    if positions.ndim == 2:
+        by_pair = np.repeat(by_pair[:, 0], len(inv_freq) // 2, axis=1)
+    angles = by_pair * inv_freq
     np.cos(angles, out=out[:, 0], dtype=out.dtype)
     np.sin(angles, out=out[:, 1], dtype=out.dtype)
 
@@ -136,7 +154,8 @@ def attention(q, k_pages, v_pages, paged, *, scale, out, scratch=None, window=No
 
     q, out    [n_tokens, n_heads * head_dim]
     k_pages, v_pages  [n_pages, page_size, n_kv_heads, head_dim]
-    paged     PagedBatch: page tables, query offsets, context lengths; last_visible where a token sees later ones
+    paged     PagedBatch: page tables, query offsets, context lengths; last_visible where a token sees later ones,
+              first_visible where it sees earlier ones than its window shows
     window    a token sees no earlier positions than the last `window`, itself included
     chunk     a token at position p sees no earlier positions than p // chunk * chunk
     softcap   scores become softcap * tanh(score / softcap)
@@ -154,8 +173,10 @@ def attention(q, k_pages, v_pages, paged, *, scale, out, scratch=None, window=No
                 stop = min(stop, at + chunk - position % chunk)
                 oldest = max(oldest, position // chunk * chunk)
             last = None if paged.last_visible is None else np.minimum(paged.last_visible[at:stop], context - 1)
+            first = None if paged.first_visible is None else paged.first_visible[at:stop]
+            oldest = oldest if first is None else min(oldest, int(first[0]))
             newest = context - (end - stop) - 1 if last is None else int(last.max())
-            hidden = _hidden(stop - at, position, oldest, newest, window, last)
+            hidden = _hidden(stop - at, position, oldest, newest, window, last, first)
             out[at:stop] = _attend(q[at:stop], k_slots, v_slots, paged.runs(i, oldest, newest + 1), hidden, softcap)
             at = stop
 
@@ -187,13 +208,16 @@ def _attend(q, k_slots, v_slots, runs, hidden, softcap):
     return mixed.reshape(n_kv_heads, group, n, head_dim).transpose(2, 0, 1, 3)
 
 
-def _hidden(n, position, oldest, newest, window, last_visible):
+def _hidden(n, position, oldest, newest, window, last_visible, first_visible):
     """[(first key, bool [n, some keys])]: which of the keys oldest..newest the queries at position, position + 1, ...
     may not see, because they are later than what the query may see, or because its window has passed them."""
     if last_visible is not None:
         keys, queries = np.arange(oldest, newest + 1), np.arange(position, position + n)[:, None]
         where = keys > last_visible[:, None]
-        return [(0, where if window is None else where | (keys <= queries - window))]
+        if window is not None:
+            behind = queries - window
+            where |= keys <= (behind if first_visible is None else np.minimum(behind, first_visible[:, None] - 1))
+        return [(0, where)]
     hidden = [(position + 1 - oldest, _later(n))] if n > 1 else []
     if window is not None and (n_behind := newest - window - oldest + 1) > 0:   # keys out of the last query's sight
         hidden.append((0, _behind(n, n_behind)))

@@ -11,12 +11,23 @@ class Scheduler:
     leave. When pages run out the newest sequence gives back all of its own and is recomputed later. The oldest one can
     always go on, because the cache holds at least one sequence of the largest length the engine accepts: so every
     sequence finishes.
+
+    Where layers see all of a picture, its run of soft tokens is never split: a chunk ends before it, or begins at it or
+    earlier and holds all of it. A run longer than what a step has left grows past max_batch_tokens, up to
+    `max_step_tokens`, for which memory is laid out. One that a running sequence has come to always fits there: only
+    decodes, fewer than max_seqs, are before it. For the same reason the oldest sequence finds pages for a whole run.
+
+    max_step_tokens  tokens of a step at most: max_batch_tokens, or max_seqs and the longest run where that is more
+    encoder_cache    the EncoderCache whose entries sequences hold as long as their pages; None for a model of text
     """
 
-    def __init__(self, kv_cache, max_seqs, max_batch_tokens):
+    def __init__(self, kv_cache, max_seqs, max_batch_tokens, max_step_tokens=None, encoder_cache=None):
         self.kv_cache, self.max_seqs, self.max_batch_tokens = kv_cache, max_seqs, max_batch_tokens
+        self.max_step_tokens = max_step_tokens or max_batch_tokens
+        self.encoder_cache = encoder_cache
         self.waiting, self.running = [], []
         self.n_steps = self.n_preemptions = 0
+        self._keeps_runs_whole = any(pool.sees_blocks for pool in kv_cache.specs)
 
     def add(self, sequence):
         """Queues a sequence, in submission order."""
@@ -27,14 +38,14 @@ class Scheduler:
         self.n_steps += 1
         work, budget = {}, self.max_batch_tokens
         for sequence in sorted(self.running, key=lambda s: (s.n_left > 1, s.number)):
-            if budget and sequence in self.running:
-                budget -= self._reserve(sequence, min(budget, sequence.n_left), work)
-        while budget and self.waiting and len(self.running) < self.max_seqs:
+            if budget > 0 and sequence in self.running:
+                budget = self._reserve(sequence, budget, work)
+        while budget > 0 and self.waiting and len(self.running) < self.max_seqs:
             sequence = self.waiting[0]
-            if not self.kv_cache.could_hold(len(sequence.tokens)):
+            if not self._fits(sequence, budget):
                 break
             self.running.append(self.waiting.pop(0))
-            budget -= self._reserve(sequence, min(budget, sequence.n_left), work)
+            budget = self._reserve(sequence, budget, work)
         return list(work.items())
 
     def commit(self, work):
@@ -44,36 +55,61 @@ class Scheduler:
             self.kv_cache.trim(sequence)
 
     def remove(self, sequence):
-        """Forgets a finished or aborted sequence; its pages are free again."""
+        """Forgets a finished or aborted sequence; what it held is free again."""
         (self.running if sequence in self.running else self.waiting).remove(sequence)
-        self.kv_cache.release(sequence)
+        self._release(sequence)
 
     def restart(self):
         """Forgets what was computed, after a step that did not end: unfinished sequences wait to be recomputed."""
         sequences = sorted({*self.running, *self.waiting}, key=lambda s: s.number)
         self.kv_cache.clear()
+        if self.encoder_cache:
+            self.encoder_cache.clear()
         self.running, self.waiting = [], [sequence for sequence in sequences if not sequence.task.is_finished]
         for sequence in sequences:
             sequence.n_cached, sequence.page_lists = 0, self.kv_cache.new_page_lists()
 
-    def _reserve(self, sequence, n, work):
-        """Puts up to n tokens of `sequence` into `work`, preempting newer sequences for its first if need be.
+    def _reserve(self, sequence, budget, work):
+        """Puts tokens of `sequence` into `work`, about as many as the budget, preempting newer sequences for its first
+        if need be. What a preempted sequence had in `work` is given to no other.
 
-        Returns how many; 0 if it was preempted itself. What a preempted sequence had in `work` is given to no other.
+        Returns what is left of the budget: nothing where the sequence is not through with its prompt.
         """
-        while not (got := self.kv_cache.reserve(sequence, n)):
+        n = self._chunk(sequence, min(budget, sequence.n_left), grows=True)
+        while not (got := self._chunk(sequence, min(n, max(0, self.kv_cache.room(sequence))))):
             newest = max(self.running, key=lambda s: s.number)
             self._preempt(newest)
             work.pop(newest, None)
             if newest is sequence:
-                return 0
-        work[sequence] = got
-        return got
+                return budget
+        work[sequence] = self.kv_cache.reserve(sequence, got)
+        return budget - got if got == sequence.n_left else 0
+
+    def _chunk(self, sequence, n, grows=False):
+        """The next n tokens of `sequence`, or fewer where the end would split a run: that begins the next chunk. A run
+        that begins this one is taken whole if the chunk `grows`, and else not at all."""
+        end = sequence.n_cached + n
+        for run in sequence.media if self._keeps_runs_whole else ():
+            if run.begin < end < run.end:
+                return (run.end if grows and run.begin <= sequence.n_cached else run.begin) - sequence.n_cached
+        return n
+
+    def _fits(self, sequence, budget):
+        """Whether a waiting sequence may begin now: there are pages, and room in the step for a run at its start."""
+        n = self._chunk(sequence, min(budget, sequence.n_left), grows=True)
+        longest_run = max((run.end - run.begin for run in sequence.media), default=1) if self._keeps_runs_whole else 1
+        return (n <= self.max_step_tokens - (self.max_batch_tokens - budget)
+                and self.kv_cache.could_hold(len(sequence.tokens), longest_run))
 
     def _preempt(self, sequence):
-        self.kv_cache.release(sequence)
+        self._release(sequence)
         sequence.n_cached = 0
         sequence.n_preemptions += 1
         self.n_preemptions += 1
         self.running.remove(sequence)
         self.add(sequence)
+
+    def _release(self, sequence):
+        self.kv_cache.release(sequence)
+        if self.encoder_cache:
+            self.encoder_cache.release(sequence)

@@ -8,12 +8,15 @@ from engine.workspace import MOST_TOP
 
 class Step:
     """Runs batches and hands what came of them to the sequences' tasks. What returns to the host is token ids, and the
-    states, logits and log-probabilities that were asked for."""
+    states, logits and log-probabilities that were asked for.
 
-    def __init__(self, layers, workspace, lane, stager, graphs):
+    encoder_cache  EncoderCache, where the soft tokens of a batch's pictures are taken from; None for a model of text
+    """
+
+    def __init__(self, layers, workspace, lane, stager, graphs, encoder_cache=None):
         self._per_layer_rows = layers.weights.per_layer_rows
         self.layers, self.workspace, self.lane, self.ops = layers, workspace, lane, lane.ops
-        self._stager, self.graphs = stager, graphs
+        self._stager, self.graphs, self.encoder_cache = stager, graphs, encoder_cache
 
     def run(self, batch):
         """Computes `batch`; returns what is sampled for each row of batch.to_sample: [(token, top)], where top is None
@@ -21,6 +24,8 @@ class Step:
         if self._per_layer_rows is not None:
             batch.per_layer_rows = self._per_layer_rows(batch.token_ids)
         with self.lane.running():
+            if batch.media:
+                batch.media_source = self.encoder_cache.source_of(batch.media)
             if self.graphs.enabled and batch.is_decode and not any(_n_logprobs(batch)):
                 inputs = self._stager.decode(self.graphs.bucket(batch.n_tokens), len(batch.edits.token) > 0)
                 if inputs.holds(batch):

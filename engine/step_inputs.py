@@ -53,7 +53,7 @@ class StagedBatch:
     """A Batch as ops on a lane read it: the same names, arrays in the lane's memory.
 
     pools, kept_pools  one PagedInputs per KV pool; of kept_pools only those that are read once rows are dropped
-    per_layer_rows     as in Batch
+    per_layer_rows     as in Batch, and so are media_rows and media_source
     edits, sampling    StagedEdits, SamplingBatch
     """
 
@@ -68,6 +68,8 @@ class StagedBatch:
     edits: object
     sampling: SamplingBatch
     per_layer_rows: object
+    media_rows: object
+    media_source: object
 
     @property
     def n_tokens(self):
@@ -111,28 +113,29 @@ class DecodeInputs:
 class Stager:
     """Brings the batches of one engine to its lane, through one buffer of its own.
 
-    has_rows  batches have per_layer_rows
+    has_rows     batches have per_layer_rows
+    longest_run  soft tokens of the largest picture, where layers see all of it
     """
 
-    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, max_seqs, lane, has_rows=False):
+    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, max_seqs, lane, has_rows=False, longest_run=1):
         self._lane, self._kv_cache, self._max_seq_len = lane, kv_cache, max_seq_len
         self._heads = spec.layers[0].attention.n_heads
         self._kept_pools = sorted({kv_cache.layer_slot[i][0] for i in range(spec.drops_at, len(spec.layers))})
         self._row = (lane.dtype, spec.per_layer_width) if has_rows else None
         row_bytes = spec.per_layer_width * lane.dtype.itemsize * has_rows
         self._buffer = self._decode_buffer = lane.step_buffer(
-            self.n_bytes(kv_cache.specs, max_tokens, max_seqs, max_seq_len, kv_cache.page_size, row_bytes))
+            self.n_bytes(kv_cache.specs, max_tokens, max_seqs, max_seq_len, kv_cache.page_size, row_bytes, longest_run))
         self._decode_inputs = {}
 
     @staticmethod
-    def n_bytes(pools, max_tokens, max_seqs, max_seq_len, page_size, row_bytes=0):
+    def n_bytes(pools, max_tokens, max_seqs, max_seq_len, page_size, row_bytes=0, longest_run=1):
         """Bytes of the buffer, with row_bytes of per_layer_rows a token; only a step with more than EDITS_A_ROW edits a
         sequence needs another."""
         n_seqs = min(max_seqs, max_tokens)
-        n_ints = 5 * max_tokens + 5 * (n_seqs + 1)
+        n_ints = 11 * max_tokens + 5 * (n_seqs + 1)
         for pool in pools:
-            n_ints += max_tokens + n_seqs + 2 * ITEM * work_capacity(max_tokens, max_seq_len, pool.n_kv_heads,
-                                                                     pool.head_dim, pool.window, pool.chunk)
+            n_ints += max_tokens + n_seqs + 2 * ITEM * work_capacity(
+                max_tokens, max_seq_len, pool.n_kv_heads, pool.head_dim, pool.window, pool.chunk, 2 * (longest_run - 1))
             n_ints += n_seqs * -(-max_seq_len // page_size)
         columns = [*_columns("", SamplingBatch.build(())).values(), *EDITS_A_ROW * [*_columns("", NO_EDITS).values()]]
         return (4 * n_ints + n_seqs * sum(column.itemsize for column in columns) + max_tokens * row_bytes
@@ -180,7 +183,6 @@ class Stager:
 
     def _arrays(self, batch):
         """{name: host array} of everything that is staged; the page tables, whose size varies most, are last."""
-        assert all(pool.last_visible is None for pool in batch.pools), "image blocks are not staged yet"
         first, page_begins = 0, {}
         for p, pool in enumerate(batch.pools):
             page_begins[f"page_begin{p}"] = pool.page_begin + np.int32(first)
@@ -192,11 +194,15 @@ class Stager:
                   "edits.n_edits": np.array([len(batch.edits.token)], np.int32)}
         for p, pool in enumerate(batch.pools):
             arrays |= {f"slots{p}": pool.slots, **self._work(f"work{p}", p, pool)}
+        arrays |= _visible("", batch.pools)
         if batch.kept is not None:
             kept = {p: batch.kept_pools[p] for p in self._kept_pools}
             arrays |= {"kept": batch.kept, "kept_cu_seqlens": kept[self._kept_pools[0]].cu_seqlens}
             for p, pool in kept.items():
                 arrays |= self._work(f"kept_work{p}", p, pool)
+            arrays |= _visible("kept_", kept.values())
+        if batch.media_rows is not None:
+            arrays |= {"media_rows": batch.media_rows, "media_source": batch.media_source}
         if self._row:
             arrays["per_layer_rows"] = batch.per_layer_rows
         return arrays | {"page_table": np.concatenate([pool.page_table for pool in batch.pools])}
@@ -204,26 +210,30 @@ class Stager:
     def _work(self, name, p, pool):
         spec = self._kv_cache.specs[p]
         work = plan(pool.rows, n_heads=self._heads, n_kv_heads=spec.n_kv_heads, head_dim=spec.head_dim,
-                    window=spec.window, chunk=spec.chunk)
+                    window=spec.window, chunk=spec.chunk, last_visible=pool.last_visible,
+                    first_visible=pool.first_visible)
         return {f"{name}.decode": work.decode, f"{name}.n_decode": np.array([len(work.decode)], np.int32),
                 f"{name}.prefill": work.prefill, f"{name}.n_prefill": np.array([len(work.prefill)], np.int32)}
 
     def _staged(self, arrays):
         """The StagedBatch of arrays on the lane."""
-        pools = tuple(self._paged(arrays, p, f"work{p}", "cu_seqlens") for p in range(len(self._kv_cache.specs)))
+        pools = tuple(self._paged(arrays, p, "") for p in range(len(self._kv_cache.specs)))
         kept = arrays.get("kept")
-        kept_pools = {} if kept is None else {p: self._paged(arrays, p, f"kept_work{p}", "kept_cu_seqlens")
-                                              for p in self._kept_pools}
+        kept_pools = {} if kept is None else {p: self._paged(arrays, p, "kept_") for p in self._kept_pools}
         return StagedBatch(arrays["token_ids"], arrays["positions"], kept, pools, kept_pools, arrays["take_rows"],
                            arrays["take_next"], arrays["sample_rows"], _of(StagedEdits, "edits", arrays),
-                           _of(SamplingBatch, "sampling", arrays), arrays.get("per_layer_rows"))
+                           _of(SamplingBatch, "sampling", arrays), arrays.get("per_layer_rows"),
+                           arrays.get("media_rows"), arrays.get("media_source"))
 
-    def _paged(self, arrays, p, work, cu_seqlens):
-        n_kv_heads = self._kv_cache.specs[p].n_kv_heads
-        decode, prefill = arrays[f"{work}.decode"], arrays[f"{work}.prefill"]
+    def _paged(self, arrays, p, prefix):
+        """The PagedInputs of pool p; prefix: "", or "kept_" for those of the kept rows."""
+        spec, work = self._kv_cache.specs[p], f"{prefix}work{p}"
+        n_kv_heads, decode, prefill = spec.n_kv_heads, arrays[f"{work}.decode"], arrays[f"{work}.prefill"]
         return PagedInputs(slots=arrays[f"slots{p}"], page_table=arrays["page_table"],
                            page_begin=arrays[f"page_begin{p}"], context_lens=arrays["context_lens"],
-                           cu_seqlens=arrays[cu_seqlens], last_visible=None,
+                           cu_seqlens=arrays[f"{prefix}cu_seqlens"],
+                           last_visible=arrays.get(f"{prefix}last_visible") if spec.sees_blocks else None,
+                           first_visible=arrays.get(f"{prefix}first_visible") if spec.sees_whole_blocks else None,
                            page_size=self._kv_cache.page_size, decode_work=decode,
                            n_decode_work=arrays[f"{work}.n_decode"], n_decode_blocks=blocks(len(decode), n_kv_heads),
                            prefill_work=prefill, n_prefill_work=arrays[f"{work}.n_prefill"],
@@ -233,6 +243,12 @@ class Stager:
 def _aligned(n_bytes):
     """The next multiple of ALIGNED."""
     return -(-n_bytes // ALIGNED) * ALIGNED
+
+
+def _visible(prefix, pools):
+    """last_visible and first_visible of the pools by name, where some have them: they are the same in all that do."""
+    return {prefix + name: getattr(pool, name) for name in ("last_visible", "first_visible")
+            for pool in pools if getattr(pool, name) is not None}
 
 
 def _columns(prefix, columns):

@@ -1,6 +1,6 @@
 """Which arrays a model needs, and which tensors of a checkpoint fill them; every tensor of the file accounted for.
 
-The only file that knows how checkpoints spell their tensors.
+Beside engine/vision_tensors.py the only file that knows how checkpoints spell their tensors.
 """
 
 import difflib
@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from math import prod
 
 from engine.errors import CheckpointError
+from engine.target import Target
+from engine.vision_tensors import is_vision, spelled, vision_targets
 
 # Released multimodal files, what recent transformers calls them in memory and saves, and text-only files.
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
@@ -17,32 +19,9 @@ PER_LAYER_EMBED = "embed_tokens_per_layer.weight"
 N_HINTS = 5         # problems of a kind that are told with the nearest name
 
 
-@dataclass(frozen=True)
-class Target:
-    """One array of the engine: the rows of `parts`, ((checkpoint name, shape), ...), one below the other.
-
-    in_out  a matrix, or one of each expert, that is [..., in, out] instead of [..., out, in]
-    """
-
-    name: str
-    parts: tuple
-    is_norm: bool = False
-    in_out: bool = False
-
-    @property
-    def shape(self):
-        first = self.parts[0][1]
-        return (sum(shape[0] for _, shape in self.parts), *first[1:])
-
-    @property
-    def n_in(self):
-        """Columns that a row of the input meets."""
-        return self.shape[-2 if self.in_out else -1]
-
-
 def targets(spec, untied_head=False, ple="device"):
-    """Every array that a ModelSpec needs, with the checkpoint tensors (prefix stripped) that fill it. With ple="host"
-    the table of per-layer inputs is none."""
+    """Every array that the text part of a ModelSpec needs, with the checkpoint tensors (prefix stripped) that fill it.
+    With ple="host" the table of per-layer inputs is none."""
     hidden, width = spec.hidden, spec.per_layer_width
     yield Target("embed", ((EMBED, (spec.vocab, hidden)),))
     if width:
@@ -130,7 +109,18 @@ def _left_over(spec):
 
 def n_weights(spec, ple="device"):
     """Elements of all arrays on the lane; a tied head is the embedding and counts once."""
-    return sum(prod(target.shape) for target in targets(spec, not spec.tied, ple))
+    return sum(prod(target.shape) for target in (*targets(spec, not spec.tied, ple), *media_targets(spec)))
+
+
+def media_targets(spec):
+    """Every array that the vision part of a ModelSpec needs, as `targets` does for the text part."""
+    return vision_targets(spec.media.tower, spec.hidden) if spec.media else ()
+
+
+def without_missing_media(spec, tensors):
+    """The ModelSpec that a checkpoint can fill: one without any tensor of a vision part is a text model, whatever its
+    config.json says."""
+    return spec if any(map(is_vision, tensors)) else spec.text_only()
 
 
 @dataclass(frozen=True)
@@ -139,7 +129,7 @@ class Account:
 
     names        expected tensor → its name in the file, of all that goes to the lane
     table        name in the file of the table of per-layer inputs, where it stays there, or None
-    unused       names in the file that a text run does not read
+    unused       names in the file that this run does not read
     untied_head  the head has a matrix of its own
     problems     what is missing, misshapen or surplus, a sentence each
     """
@@ -165,10 +155,16 @@ def account(spec, tensors, ple="device"):
     for target in targets(spec, untied_head):
         for tensor, shape in target.parts:
             names[tensor], shapes[tensor] = head if tensor == HEADS[0] else prefix + tensor, shape
+    prefixes = spelled(tensors) if spec.media else {}
+    for target in media_targets(spec):
+        for tensor, shape in target.parts:
+            begin, dot, rest = tensor.partition(".")
+            names[tensor], shapes[tensor] = prefixes[begin + dot] + rest, shape
     used = set(names.values())
     known = {head, *(prefix + tensor for tensor in _left_over(spec))}
-    unused = tuple(name for name in tensors
-                   if name not in used and (name in known or name.startswith(spec.unused_prefixes)))
+    known.update(name for name in tensors
+                 if name.startswith(spec.unused_prefixes) and not (spec.media and is_vision(name)))
+    unused = tuple(name for name in tensors if name not in used and name in known)
     surplus = [name for name in tensors if name not in used and name not in unused]
     problems = _with_nearest({name: f"the checkpoint has no {name} {list(shapes[tensor])}"
                               for tensor, name in names.items() if name not in tensors}, surplus)

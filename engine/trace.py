@@ -3,10 +3,10 @@
 from functools import wraps
 from types import SimpleNamespace
 
-OPS = ("add_norm", "add_norms", "apply_edits", "attention", "attention_temperature", "embed", "gate_per_layer",
-       "gated_linear", "linear", "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear", "moe_linear",
-       "moe_route", "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample", "scale_rows",
-       "select_rows", "top_logprobs")
+OPS = ("add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention", "attention_temperature", "clamp",
+       "embed", "gate_per_layer", "gated_linear", "layer_norm", "linear", "logit_softcap", "mix_per_layer",
+       "moe_combine", "moe_gated_linear", "moe_linear", "moe_route", "place_rows", "pool_rows", "qk_norm_rope_cache",
+       "rms_norm", "rope_angles", "router_norm", "sample", "scale_rows", "select_rows", "top_logprobs")
 
 
 def traced(ops, around):

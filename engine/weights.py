@@ -1,11 +1,13 @@
-"""Checkpoint tensors → device arrays: q/k/v and gate/up fused, by the account of engine/tensors.py."""
+"""Checkpoint tensors → device arrays: q/k/v and gate/up fused, as engine/tensors.py accounts for them."""
 
 from dataclasses import dataclass, field
+from math import prod
 
 import numpy as np
 
 from engine.errors import CheckpointError
-from engine.tensors import targets
+from engine.tensors import media_targets, targets
+from engine.vision_weights import VisionWeights
 
 FLOATS = ("bfloat16", "float16", "float32")     # what a table that stays in the file may hold
 ROWS = 16                                       # of such a table that share the L2 cache on their way
@@ -53,6 +55,7 @@ class Weights:
     per_layer_model_projection  [n_layers * per_layer_input, hidden]
     per_layer_norm              [per_layer_input]
     per_layer_rows              the HostRows of a table that stays in the file, or None
+    vision                      the VisionWeights of a model that sees, or None
     unused                      names in the file that this run does not read
     """
 
@@ -65,6 +68,7 @@ class Weights:
     per_layer_model_projection: object = None
     per_layer_norm: object = None
     per_layer_rows: object = None
+    vision: VisionWeights | None = None
     unused: tuple = ()
 
 
@@ -92,17 +96,25 @@ class HostRows:
 def load(spec, checkpoint, accounts, lane, progress):
     """Reads `checkpoint` (loaders.safetensors) into arrays of `lane`; `progress(n_bytes)` is called as bytes arrive."""
     weights = Weights(layers=[LayerWeights() for _ in spec.layers], unused=accounts.unused,
+                      vision=VisionWeights.of(spec.media.tower) if spec.media else None,
                       norm_offset=0.0 if lane.folds_norm_offset else spec.norm_offset)
     with lane.loading() as fill:
-        for target in targets(spec, accounts.untied_head, "device" if accounts.table is None else "host"):
-            array, row = lane.empty(target.shape), 0
-            for tensor, shape in target.parts:
-                fill(array[row:row + shape[0]], _reader(checkpoint, accounts.names[tensor], progress))
-                row += shape[0]
+        def place(target, weights):
+            array, begin = lane.empty(target.shape), 0
+            for tensor, shape, order in target.pieces():
+                end = begin + prod(shape)
+                read = _reader(checkpoint, accounts.names[tensor], progress)
+                fill(array.reshape(-1)[begin:end], _ordered(read, order) if order else read)
+                begin = end
             if target.is_norm and lane.folds_norm_offset:
                 array += spec.norm_offset
             owner, _, attribute = target.name.rpartition(".")
             setattr(weights.layers[int(owner.split(".")[1])] if owner else weights, attribute, array)
+
+        for target in targets(spec, accounts.untied_head, "device" if accounts.table is None else "host"):
+            place(target, weights)
+        for target in media_targets(spec):
+            place(target, weights.vision)
     weights.head = weights.embed if weights.head is None else weights.head
     if accounts.table is not None:
         weights.per_layer_rows = _host_rows(spec, checkpoint, accounts.table, lane.dtype)
@@ -114,6 +126,20 @@ def _host_rows(spec, checkpoint, name, dtype):
     if table.dtype.name not in FLOATS:
         raise CheckpointError(f"{name} is {table.dtype.name}, expected one of {', '.join(FLOATS)}")
     return HostRows(table, dtype.type(spec.per_layer_scale), dtype)
+
+
+def _ordered(read, order):
+    """The same of a tensor whose values lie in another order in the array: it is read whole, once, and stays on the
+    host until the array is full."""
+    whole = []
+
+    def read_ordered(begin, end, out):
+        if not whole:
+            values = np.empty(prod(order.view), out.dtype)
+            read(0, values.size, values)
+            whole.append(order(values))
+        out[...] = whole[0][begin:end]
+    return read_ordered
 
 
 def _reader(checkpoint, name, progress):

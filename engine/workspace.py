@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.routes import Routes
+from engine.vision.runs import run_patches
 
 MOST_TOP = 1024             # likeliest tokens a row that the lane finds; more are found on the host
 
@@ -15,6 +16,19 @@ class Scratch(NamedTuple):
 
     floats: object
     counters: object
+
+    @classmethod
+    def of(cls, size, lane):
+        """One of (floats, counters) on a lane."""
+        return cls(lane.empty((size[0],), np.float32), lane.zeros((size[1],), np.int32))
+
+
+def scratch_size(spec, max_tokens, max_logit_rows, ops):
+    """(floats, counters) that the ops of a model's steps want, and those of its vision encoder, which take turns."""
+    sizes = [ops.scratch_size(spec, max_tokens, max_logit_rows)]
+    if spec.media:
+        sizes.append(ops.vision_scratch_size(spec.media.tower, spec.hidden, run_patches(spec.media.tower)))
+    return tuple(map(max, zip(*sizes, strict=True)))
 
 
 def ropes(spec):
@@ -29,8 +43,34 @@ def temperatures(spec):
                               if layer.attention.temperature is not None))
 
 
-class Workspace:
+class Buffers:
     """Flat buffers by name; `rows(name, n, width)` is n rows of one, contiguous, `flat(name, n)` its first n values.
+
+    shapes   {name: (rows, widest row, dtype)}; dtype None is the lane's
+    scratch  a Scratch as large as the lane's ops want
+    """
+
+    def __init__(self, shapes, scratch, lane):
+        self.scratch = scratch
+        self._buffers = {name: lane.empty((rows * width,), dtype) for name, (rows, width, dtype) in shapes.items()}
+        self.rows = lru_cache(maxsize=1024)(self._rows)     # decode asks for the same views at every step
+
+    @staticmethod
+    def n_bytes_of(shapes, itemsize):
+        """What Buffers take beside their scratch, with activations of `itemsize` bytes."""
+        return sum(rows * width * (itemsize if dtype is None else 4) for rows, width, dtype in shapes.values())
+
+    def flat(self, name, n):
+        """[n] view of buffer `name`."""
+        return self._buffers[name][:n]
+
+    def _rows(self, name, n, width):
+        """[n, width] view of buffer `name`."""
+        return self._buffers[name][:n * width].reshape(n, width)
+
+
+class Workspace(Buffers):
+    """The Buffers of a model's steps.
 
     In the lane's dtype:
     residual, normed, branch   [max_tokens, hidden]
@@ -52,17 +92,14 @@ class Workspace:
     tokens, own_logprob        [max_logit_rows]
     top_ids, top_logprobs      [max_logit_rows, MOST_TOP]
 
-    scratch                    a Scratch as large as the lane's ops want
+    scratch                    a Scratch as large as the lane's ops want, those of the vision encoder among them
     """
 
     def __init__(self, spec, max_tokens, max_logit_rows, lane):
         self.max_logit_rows = min(max_logit_rows, max_tokens)
+        size = scratch_size(spec, max_tokens, self.max_logit_rows, lane.ops)
+        super().__init__(self.shapes(spec, max_tokens, self.max_logit_rows), Scratch.of(size, lane), lane)
         self._lane = lane
-        self._buffers = {name: lane.empty((rows * width,), dtype)
-                         for name, (rows, width, dtype) in self.shapes(spec, max_tokens, self.max_logit_rows).items()}
-        n_floats, n_counters = lane.ops.scratch_size(spec, max_tokens, self.max_logit_rows)
-        self.scratch = Scratch(lane.empty((n_floats,), np.float32), lane.zeros((n_counters,), np.int32))
-        self.rows = lru_cache(maxsize=1024)(self._rows)     # decode asks for the same views at every step
         self.routes = lru_cache(maxsize=64)(self._routes)
 
     @staticmethod
@@ -92,17 +129,8 @@ class Workspace:
     def n_bytes(cls, spec, max_tokens, max_logit_rows, itemsize, ops):
         """What a Workspace takes: activations of `itemsize` bytes, and the scratch that `ops` want."""
         max_logit_rows = min(max_logit_rows, max_tokens)
-        shapes = cls.shapes(spec, max_tokens, max_logit_rows).values()
-        return sum(rows * width * (itemsize if dtype is None else 4) for rows, width, dtype in shapes) \
-            + 4 * sum(ops.scratch_size(spec, max_tokens, max_logit_rows))
-
-    def flat(self, name, n):
-        """[n] view of buffer `name`."""
-        return self._buffers[name][:n]
-
-    def _rows(self, name, n, width):
-        """[n, width] view of buffer `name`."""
-        return self._buffers[name][:n * width].reshape(n, width)
+        return cls.n_bytes_of(cls.shapes(spec, max_tokens, max_logit_rows), itemsize) \
+            + 4 * sum(scratch_size(spec, max_tokens, max_logit_rows, ops))
 
     def _routes(self, n, moe):
         """The Routes of n tokens through the experts of a MoeSpec."""

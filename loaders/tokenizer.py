@@ -87,6 +87,15 @@ class Tokenizer:
         """The id of the token spelled `text`, or None."""
         return self._backend.token_to_id(text)
 
+    def special_text(self, token_id):
+        """How a special token is spelled, or None where there is no such token. From now on that spelling is this token
+        wherever it stands in a text: some files have <|video|> as an ordinary piece of their vocabulary."""
+        text = self._backend.id_to_token(token_id)
+        if text is not None and token_id not in self._special_ids:
+            self._backend.add_special_tokens([text])
+            self._special_ids.add(token_id)
+        return text
+
     def _token_bytes(self, token_id, is_first):
         """UTF-8 of one token, where it may begin or end inside a character; None for an id outside the vocabulary."""
         if token_id in self._known_bytes and not is_first:

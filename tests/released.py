@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from engine.models.presets import GLOBAL, PRESETS, SLIDING
 
-__all__ = ["GLOBAL", "RELEASED", "SLIDING", "Released"]
+__all__ = ["GLOBAL", "N_PUBLISHED", "N_SCALARS", "N_VISION", "RELEASED", "SLIDING", "VISION", "Released"]
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,17 @@ RELEASED = {name: Released(PRESETS[name], *published) for name, published in {
     "llama-4-scout": (107_769_861_120, 12, 36, 8192, 128, 0.0883883, 49_152, 4_096, 10485760),
     "llama-4-maverick": (400_711_848_960, 12, 36, 8192, 128, 0.0883883, 49_152, 4_096, 1048576),
 }.items()}
+
+# Of models that see: elements of tower and projector, 0-d clip bounds beside them, and what the files hold in all, 0-d
+# ones not counted: more than text and vision where there also is an audio part, or K and V that no layer reads.
+VISION = {
+    "gemma-3-4b": (419_816_304, 0, 4_300_079_472),
+    "gemma-3-12b": (421_290_864, 0, 12_187_325_040),
+    "gemma-3-27b": (423_060_336, 0, 27_432_406_640),
+    "gemma-4-e2b": (167_364_608 + 1_179_648, 448, 5_123_178_051),
+    "gemma-4-e4b": (167_364_608 + 1_966_080, 448, 7_996_156_490),
+    "gemma-4-12b": (49_922_304, 0, 11_959_730_224),
+    "gemma-4-26b-a4b": (569_550_384 + 3_244_032, 0, 25_805_936_206),
+    "gemma-4-31b": (569_550_384 + 6_193_152, 0, 31_273_088_876),
+}
+N_VISION, N_SCALARS, N_PUBLISHED = ({name: counts[i] for name, counts in VISION.items()} for i in range(3))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from engine.cli import main
+from tests import tiny
 from tests.golden import GOLDENS
 
 ROOT = Path(__file__).parent.parent
@@ -54,7 +55,21 @@ def test_inspect_lists_every_tensor(capsys):
     assert main(["inspect", WORDLESS]) == 0
     out = capsys.readouterr().out
     assert "model.language_model.layers.5.self_attn.q_proj.weight" in out
-    assert "18 not read by a text run" in out
+    assert "vision: Gemma 4 tower of 1 layers, hidden 16, 2 heads of 8, 12 x 12 pixels a soft token, at most 70 to " \
+           "1120 of them a picture\n102 tensors, 627820 bytes; 0 not read\n" in out
+
+
+@pytest.mark.parametrize(("family", "vision", "expected"), [
+    ("gemma3", None, "vision: SigLIP tower of 2 layers, hidden 24, 2 heads of 12, 8 x 8 pixels a soft token, 9 of them "
+                     "a picture\n"),
+    ("unified", None, "vision: no tower: one linear, hidden 24, 6 x 6 pixels a soft token, at most 70 to 1120 of "),
+    ("gemma4", {}, "vision: none, the checkpoint has no vision tensors\n"),
+])
+def test_inspect_tells_of_the_vision_part(capsys, tmp_path, family, vision, expected):
+    path = tiny.write_checkpoint(tmp_path / "c", tiny.seeing(family), vision=vision)
+    assert main(["inspect", str(path)]) == 0
+    out = capsys.readouterr().out
+    assert expected in out and " 0 not read\n" in out
 
 
 def test_inspect_names_what_is_wrong(capsys, tmp_path):

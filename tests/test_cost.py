@@ -67,7 +67,7 @@ def test_every_op_has_a_cost_that_takes_its_arguments():
 def test_of_an_op_by_name():
     x, weight = shaped(3, 16), shaped(16)
     assert cost.of("rms_norm", (x, weight), {"eps": 1e-6, "weight_offset": 0.0, "out": x}) == Cost(2 * 7 * 16)
-    with pytest.raises(ValueError, match=r"no cost of an op 'attend', expected one of add_norm, "):
+    with pytest.raises(ValueError, match=r"no cost of an op 'attend', expected one of add_bias, "):
         cost.of("attend", ())
 
 
@@ -104,6 +104,19 @@ TABLE, ROWS, WEIGHT = shaped(100, 16), shaped(3, 16), shaped(16)
     (cost.add_norm(ROWS, ROWS, WEIGHT, WEIGHT, 1e-6, 0.0, shaped(1), ROWS), 2 * ((4 * 3 + 2) * 16 + 1)),
     (cost.rope_angles(shaped(5, dtype=np.int32), shaped(8, dtype=np.float32), None), 4 * 5 + 4 * 8 + 2 * 4 * 5 * 8),
     (cost.logit_softcap(shaped(3, 50, dtype=np.float32), 30.0), 2 * 4 * 3 * 50),
+    (cost.rope_angles(shaped(5, 2, dtype=np.int32), shaped(8, dtype=np.float32), None),
+     2 * 4 * 5 + 4 * 8 + 2 * 4 * 5 * 8),
+    (cost.place_rows(ROWS, *2 * [shaped(3, dtype=np.int32)], TABLE), 2 * 4 * 3 + 2 * (3 + 3) * 16),
+    (cost.place_rows(ROWS, *2 * [shaped(5, dtype=np.int32)], TABLE), 2 * 4 * 5 + 2 * (3 + 5) * 16),   # some twice
+    (cost.add_rows(ROWS, TABLE, shaped(3, 1, dtype=np.int32), ROWS), 4 * 3 + 2 * (3 + 3 + 3) * 16),
+    (cost.add_rows(TABLE, TABLE, shaped(100, 2, dtype=np.int32), TABLE), 4 * 200 + 2 * (100 + 100 + 20) * 16),  # 10²
+    (cost.pool_rows(TABLE, shaped(11, 9, dtype=np.int32), 1.0, WEIGHT, WEIGHT, None),
+     4 * 99 + 2 * (99 + 11 + 2) * 16),
+    (cost.pool_rows(TABLE, shaped(6, 16, dtype=np.int32), 1.0, None, None, None), 4 * 96 + 2 * (96 + 6) * 16),
+    (cost.clamp(ROWS, shaped(2), TABLE, 0), 2 * (2 * 3 * 16 + 2)),
+    (cost.add_bias(ROWS, WEIGHT, ROWS, "gelu_tanh"), 2 * (2 * 3 + 1) * 16),
+    (cost.add_bias(ROWS, WEIGHT, ROWS, None, ROWS), 2 * (3 * 3 + 1) * 16),
+    (cost.layer_norm(ROWS, WEIGHT, WEIGHT, 1e-6, ROWS), 2 * (2 * 3 + 2) * 16),
     (cost.linear(ROWS, shaped(32, 16), shaped(3, 32, dtype=np.float32)), 2 * 16 * (32 + 3) + 4 * 3 * 32),
 ])
 def test_bytes_by_hand(got, n_bytes):

@@ -31,7 +31,7 @@ def cache_of(*windows, n_pages, page_size):
 
 def sequence_in(cache, n_tokens=0):
     return SimpleNamespace(page_lists=cache.new_page_lists(), n_cached=0, tokens=list(range(n_tokens)),
-                           next_logit=n_tokens - 1, task=SimpleNamespace(hidden=None, samples=False))
+                           next_logit=n_tokens - 1, task=SimpleNamespace(hidden=None, samples=False), media=())
 
 
 def compute(cache, sequence, n):
@@ -192,6 +192,30 @@ def test_a_chunk_is_kept_until_the_next_has_a_position():
     assert n_held == [*[(0, 1)] * 4, *[(0, 2)] * 4, *[(2, 1)] * 4, *[(2, 2)] * 4, *[(4, 1)] * 2]
 
 
+@pytest.mark.parametrize("run", [1, 2, 7, 20])
+@pytest.mark.parametrize("page_size", [1, 3, 4, 16])
+@pytest.mark.parametrize("window", [1, 4, 9])
+def test_pages_needed_for_a_run_is_what_a_sequence_holds_at_most(window, page_size, run):
+    """A run computed at once, wherever it begins in a page, in a sequence computed one token at a time."""
+    for n_tokens in (run, run + 1, window + run + 1, 70):
+        most = 0
+        for begin in range(n_tokens - run + 1):
+            cache = cache_of(window, n_pages=80, page_size=page_size)
+            sequence = sequence_in(cache)
+            for n in [1] * begin + [run] + [1] * (n_tokens - run - begin):
+                most = max(most, len(compute(cache, sequence, n)[0]))
+        assert most == cache.specs[0].pages_needed(n_tokens, page_size, run)
+
+
+def test_room_is_what_a_sequence_could_still_take():
+    cache = cache_of(None, 4, n_pages=[5, 3], page_size=2)
+    sequence, other = sequence_in(cache), sequence_in(cache)
+    assert cache.room(sequence) == 6
+    compute(cache, sequence, 3)                                 # two pages of each, half of one is left
+    assert cache.room(sequence) == 3 and cache.room(other) == 2
+    assert cache.reserve(sequence, 100) == 3 and cache.room(sequence) == 3 and cache.room(other) == 0
+
+
 def test_reserve_gives_as_many_tokens_as_every_pool_has_room_for():
     cache = cache_of(None, 4, n_pages=[5, 3], page_size=2)
     sequence = sequence_in(cache)
@@ -214,6 +238,9 @@ def test_could_hold_asks_every_pool():
     other = sequence_in(cache)
     compute(cache, other, 1)
     assert cache.could_hold(4) and not cache.could_hold(5)     # two sliding pages and three global ones are left
+    assert cache.could_hold(4, longest_run=4)                   # the window is nothing before the first token
+    wide = cache_of(2, n_pages=4, page_size=2)
+    assert wide.could_hold(50, longest_run=4) and not wide.could_hold(50, longest_run=5)
 
 
 def test_layers_that_read_anothers_k_and_v_own_no_pages():
@@ -236,6 +263,18 @@ def test_chunked_and_global_layers_have_a_pool_each():
     assert [(pool.kind, pool.chunk, pool.window, len(pool.layers), pool.is_local) for pool in pools] == [
         ("chunked(8192)", 8192, None, 36, True), ("global", None, None, 12, False)]
     assert [pool.token_bytes(2) for pool in pools] == [36 * 4096, 49_152]
+
+
+def test_layers_that_see_all_of_a_picture_have_a_pool_of_their_own():
+    """As in Gemma 4, where global ones are causal, and Gemma 3, where all see blocks; or beside layers that are not."""
+    def spec_of(*kinds):
+        layers = [LayerSpec(AttentionSpec(4, 1, 8, 1.0, RopeSpec(1e4), window, sees_blocks=sees), DenseSpec(8))
+                  for window, sees in kinds]
+        return ModelSpec("tiny", 8, 16, tuple(layers), 1e-6, 0.0, 1.0, None, 64, True)
+    for kinds in (((5, True), (None, False)), ((5, True), (None, True)), ((5, True), (5, False))):
+        pools = pool_specs(spec_of(*kinds, *kinds))
+        assert [(p.window, p.sees_blocks, p.layers) for p in pools] == [
+            (*kinds[0], (0, 2)), (*kinds[1], (1, 3))]
 
 
 def test_pools_are_grouped_by_window_and_geometry():

@@ -15,10 +15,11 @@ from engine.kv_cache import KVCache
 from engine.memory_plan import host_memory_left, plan_memory
 from engine.models import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec, describe
 from engine.models.presets import preset
+from engine.models.vision_spec import MediaSpec, SiglipSpec
 from engine.sequence import Sequence
 from loaders.config import Config
 from tests import tiny
-from tests.released import RELEASED
+from tests.released import N_SCALARS, N_VISION, RELEASED
 
 MiB = 2**20
 
@@ -53,7 +54,7 @@ def test_released_models_with_their_longest_sequence(directory, name):
     got = plan(directory(released.config), device="cuda", memory_bytes=memory_bytes)
     pools = by_kind(got)
     local, = set(pools) - {"global"}
-    assert got.weights_bytes == 2 * released.n_params
+    assert got.weights_bytes == 2 * (released.n_params + N_VISION.get(name, 0) + N_SCALARS.get(name, 0))
     assert pools["global"].token_bytes == released.global_token_bytes
     assert pools[local].token_bytes == released.n_owners[1] * released.local_token_bytes
     assert pools[local].token_bytes * released.reach == LOCAL_MIB[name] * MiB
@@ -61,7 +62,9 @@ def test_released_models_with_their_longest_sequence(directory, name):
     assert got.max_seq_len == released.max_positions
     assert got.n_full_seqs >= 1
     assert got.memory_bytes == int(0.9 * memory_bytes)
-    assert got.weights_bytes + got.kv_bytes + got.workspace_bytes + got.free_bytes == got.memory_bytes
+    vision_bytes = got.vision_bytes + got.encoder_cache_bytes
+    assert (vision_bytes > 0) == (name in N_VISION)
+    assert got.weights_bytes + got.kv_bytes + got.workspace_bytes + vision_bytes + got.free_bytes == got.memory_bytes
     assert got.free_bytes >= 0
 
 
@@ -80,10 +83,11 @@ def test_a_directory_goes_before_a_preset_of_its_name(directory, monkeypatch):
 
 
 def test_longest_sequence_that_a_smaller_memory_holds(directory):
-    """31B: 61.4 GB of weights leave 4.5 GB of 73 GB x 0.9; a sequence takes 81,920 bytes a token beyond the window."""
+    """31B: 62.5 GB of weights leave 3.2 GB of 73 GB x 0.9; a sequence takes 81,920 bytes a token beyond the window and
+    the largest picture, which is computed in one step."""
     got = plan(directory(RELEASED["gemma-4-31b"].config), device="cuda", memory_bytes=73e9)
-    left = got.memory_bytes - got.weights_bytes - got.workspace_bytes
-    sliding_pages = (1024 + 2 + 16 - 2) // 16 + 1               # what 1026 positions touch at worst
+    left = got.memory_bytes - got.weights_bytes - got.workspace_bytes - got.vision_bytes - got.encoder_cache_bytes
+    sliding_pages = (1024 + 1 + 1120 + 16 - 2) // 16 + 1        # what so many positions touch at worst
     assert got.max_seq_len == (left - sliding_pages * 16 * 50 * 16_384) // (16 * 81_920) * 16
     assert 0 <= got.free_bytes < 16 * 81_920
 
@@ -186,8 +190,8 @@ def test_pools_of_any_size(spec, kv_bytes, page_size, max_seqs, max_batch_tokens
     _assert_one_sequence_fits(got, n, page_size)
 
 
-def _assert_one_sequence_fits(got, n_tokens, page_size):
-    """A sequence of n_tokens, computed one at a time, never lacks a page."""
+def _assert_one_sequence_fits(got, n_tokens, page_size, sizes=None):
+    """A sequence of n_tokens, computed in chunks of `sizes`, or one at a time, never lacks a page."""
     cache = KVCache([pool.spec for pool in got.pools], [pool.n_pages for pool in got.pools], page_size,
                     HostLane("cpu", None, np.float32))
 
@@ -195,9 +199,9 @@ def _assert_one_sequence_fits(got, n_tokens, page_size):
         first_logit = 0
 
     sequence = Sequence(0, [0] * n_tokens, Task, cache.new_page_lists())
-    for position in range(n_tokens):
-        assert cache.reserve(sequence, 1) == 1, f"no page for position {position}"
-        sequence.n_cached += 1
+    for n in sizes or [1] * n_tokens:
+        assert cache.reserve(sequence, n) == n, f"no page for positions from {sequence.n_cached} on"
+        sequence.n_cached += n
         cache.trim(sequence)
 
 
@@ -208,6 +212,60 @@ def test_plenty_of_memory_holds_max_seqs(directory, family):
     assert (got.max_seq_len, got.n_full_seqs, got.max_seqs) == (128, 5, 5)
     assert plan(path, device="cpu", memory_bytes=10**11, max_seqs=5).kv_bytes == got.kv_bytes       # and no more
     assert plan(path, device="cpu", memory_bytes=10**10, max_seqs=5, max_seq_len=50).max_seq_len == 50
+
+
+# --- pictures
+
+def test_memory_for_pictures(directory):
+    """Beside the weights: the encoder's buffers, the cache of soft tokens, and where a picture is never split a step
+    that holds the largest one beside decodes of all sequences."""
+    arguments = {"device": "cpu", "memory_bytes": 10**9, "max_seqs": 3, "max_batch_tokens": 7}
+    seeing = {bidirectional: plan(directory(tiny.seeing("gemma4", use_bidirectional_attention=bidirectional)),
+                                  **arguments) for bidirectional in (None, "vision")}
+    text = plan(directory(tiny.nested("gemma4")), **arguments)
+    assert (text.vision_bytes, text.encoder_cache_bytes, text.max_step_tokens, text.longest_run) == (0, 0, 7, 1)
+    causal, blocks = seeing[None], seeing["vision"]
+    assert causal.vision_bytes == blocks.vision_bytes > 0
+    assert causal.n_soft_rows == blocks.n_soft_rows == 8 * 128          # eight pictures as long as a sequence
+    assert causal.encoder_cache_bytes == 8 * 128 * 32 * 4
+    assert (causal.max_step_tokens, causal.longest_run) == (7, 1)
+    assert (blocks.max_step_tokens, blocks.longest_run) == (3 + 128, 128)
+    assert text.workspace_bytes < causal.workspace_bytes < blocks.workspace_bytes       # scratch; steps are longer
+    assert blocks.free_bytes == (blocks.memory_bytes - blocks.weights_bytes - blocks.workspace_bytes
+                                 - blocks.vision_bytes - blocks.encoder_cache_bytes - blocks.kv_bytes)
+    lines = [line for line in str(blocks).splitlines() if line.startswith(("vision", "encoder"))]
+    assert lines[1] == "encoder cache              0.1 MiB  1024 soft tokens of pictures" and len(lines) == 2
+
+
+def test_the_budget_of_the_encoder_cache(directory):
+    path = directory(tiny.seeing("gemma4"))
+    rows = [plan(path, device="cpu", memory_bytes=10**9, max_batch_tokens=7, encoder_cache_bytes=n).n_soft_rows
+            for n in (0, 128 * 500 + 127)]
+    assert rows == [7 + 2 * 127, 500]                           # what a step may need; what the bytes hold
+    with pytest.raises(ConfigError, match="encoder_cache_bytes is -1, expected an int >= 0"):
+        plan(path, device="cpu", encoder_cache_bytes=-1)
+
+
+@given(window=st.integers(1, 70), most=st.integers(1, 60), page_size=st.sampled_from([1, 3, 16, 33]),
+       kv_bytes=st.integers(20_000, 400_000), max_batch_tokens=st.integers(1, 64))
+@settings(max_examples=100, deadline=None)
+def test_a_sequence_with_pictures_finds_its_pages(window, most, page_size, kv_bytes, max_batch_tokens):
+    """Computed one token at a time, and the longest picture at once wherever it stands: no page is missing."""
+    rope = RopeSpec(1e4)
+    layers = tuple(LayerSpec(AttentionSpec(4, 1, 8, 1.0, rope, window=reach, sees_blocks=reach is not None),
+                             DenseSpec(16)) for reach in (window, None))
+    tower = SiglipSpec(8, 8, 1, 2, patch=1, side=most, n_soft=most**2)
+    spec = ModelSpec("any", 16, 32, layers, 1e-6, 0.0, 4.0, None, 300, True, media=MediaSpec(tower, 1, None, 2, 3))
+    try:
+        got = plan_memory(spec, EngineConfig(kv_cache_bytes=kv_bytes, page_size=page_size, max_seqs=2,
+                                             max_batch_tokens=max_batch_tokens), "cpu", memory_bytes=10**12)
+    except MemoryPlanError:
+        return
+    n, run = got.max_seq_len, min(most**2, got.max_seq_len)
+    assert got.kv_bytes <= kv_bytes and got.n_full_seqs >= 1
+    for begin in {0, (n - run) // 3, n - run}:
+        sizes = [1] * begin + [run] + [1] * (n - run - begin)
+        _assert_one_sequence_fits(got, n, page_size, sizes)
 
 
 # --- what does not fit
@@ -304,7 +362,7 @@ def test_the_bytes_of_a_step_are_those_that_are_planned(directory, name):
         n_keys = 20_000 % pool.chunk if pool.chunk else min(pool.window or 20_000, 20_000)
         seq_bytes += n_keys * (len(pool.layers) + len(pool.shared)) * pool.token_bytes(2) // len(pool.layers)
     n_unread = spec.per_layer_vocab * spec.per_layer_width + (0 if spec.tied else spec.vocab * spec.hidden)
-    n_unread += sum(3 * spec.hidden * moe.intermediate * (moe.n_experts - moe.experts_per_token)
+    n_unread += N_VISION.get(name, 0) + sum(3 * spec.hidden * moe.intermediate * (moe.n_experts - moe.experts_per_token)
                     for moe in (layer.moe for layer in spec.layers) if moe)
     assert got.step_bytes == pytest.approx(got.weights_bytes - 2 * n_unread + seq_bytes, rel=1e-3)
     if not any(layer.moe for layer in spec.layers):                             # more sequences touch more experts

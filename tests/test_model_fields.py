@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from engine.models import gemma3, gemma4, llama4
+from engine.models import gemma3, gemma4, llama4, vision
 from engine.models.fields import Ignored, Only, Used
 from loaders.config import Config
 from tests import tiny
@@ -44,14 +44,17 @@ GEMMA4 = {**without(tiny.flat("gemma4-e"), "layer_types"), "attention_k_eq_v": T
           "num_hidden_layers": 12, "num_kv_shared_layers": 4,
           **{key: tiny.flat("gemma4-moe")[key] for key in ("enable_moe_block", "num_experts", "top_k_experts",
                                                            "moe_intermediate_size")}}
-GEMMA4_NESTED = {**tiny.nested("gemma4"), "text_config": without(GEMMA4, "architectures")}
+GEMMA4_NESTED = {**tiny.seeing("gemma4"), "text_config": without(GEMMA4, "architectures")}
 PLACES = {
     "gemma3": Place(gemma3.describe_text, gemma3.TEXT_FIELDS, tiny.flat("gemma3")),
-    "gemma3 top": Place(gemma3.describe_multimodal, gemma3.MULTIMODAL_FIELDS, tiny.nested("gemma3")),
+    "gemma3 top": Place(gemma3.describe_multimodal, gemma3.MULTIMODAL_FIELDS, tiny.seeing("gemma3")),
     "gemma3 nested": Place(gemma3.describe_multimodal, gemma3.TEXT_FIELDS, tiny.nested("gemma3"), "text_config"),
     "gemma4": Place(gemma4.describe_text, gemma4.TEXT_FIELDS, GEMMA4),
     "gemma4 top": Place(gemma4.describe_multimodal, gemma4.MULTIMODAL_FIELDS, GEMMA4_NESTED),
-    "gemma4 nested": Place(gemma4.describe_multimodal, gemma4.TEXT_FIELDS, GEMMA4_NESTED, "text_config"),
+    "gemma4 nested": Place(gemma4.describe_multimodal, gemma4.SEEING_TEXT_FIELDS, GEMMA4_NESTED, "text_config"),
+    "gemma3 vision": Place(gemma3.describe_multimodal, vision.SIGLIP_FIELDS, tiny.seeing("gemma3"), "vision_config"),
+    "gemma4 vision": Place(gemma4.describe_multimodal, vision.GEMMA4_FIELDS, tiny.seeing("gemma4"), "vision_config"),
+    "unified vision": Place(gemma4.describe_unified, vision.UNIFIED_FIELDS, tiny.seeing("unified"), "vision_config"),
     "llama4": Place(llama4.describe_text, llama4.TEXT_FIELDS, tiny.flat("llama4")),
     "llama4 top": Place(llama4.describe_multimodal, llama4.MULTIMODAL_FIELDS, tiny.nested("llama4")),
     "llama4 nested": Place(llama4.describe_multimodal, llama4.TEXT_FIELDS, tiny.nested("llama4"), "text_config"),
@@ -169,6 +172,50 @@ USED_IN_LLAMA4 = {
 }
 
 
+ROPE = {"rope_type": "default", "rope_theta": 100.0}
+USED_IN_SIGLIP = {
+    "hidden_size": (32, (*WHOLE, ABSENT)),
+    "intermediate_size": (32, (*WHOLE, ABSENT)),
+    "num_hidden_layers": (3, (*WHOLE, ABSENT, 10**9)),
+    "num_attention_heads": (4, (*WHOLE, ABSENT, 5)),
+    "image_size": (48, (*WHOLE, ABSENT, 26, 20)),           # no whole patches; 5 x 5 of them for 3 x 3 soft tokens
+    "patch_size": (2, (*WHOLE, ABSENT)),
+    "layer_norm_eps": (1e-5, NUMBER),
+}
+USED_IN_TOWER = {
+    "hidden_size": (32, (*WHOLE, ABSENT)),
+    "intermediate_size": (32, (*WHOLE, ABSENT)),
+    "num_hidden_layers": (3, (*WHOLE, ABSENT, 10**9)),
+    "num_attention_heads": (None, WHOLE),
+    "num_key_value_heads": (None, (*WHOLE, 1, 4)),
+    "head_dim": (32, (*WHOLE, 18)),
+    "patch_size": (4, WHOLE),
+    "pooling_kernel_size": (2, WHOLE),
+    "position_embedding_size": (100, WHOLE),
+    "rms_norm_eps": (1e-5, NUMBER),
+    "rope_parameters": ({**ROPE, "rope_theta": 50.0}, (
+        "x", {**ROPE, "rope_type": "linear"}, {**ROPE, "rope_theta": 0}, {**ROPE, "factor": 2.0},
+        {"full_attention": ROPE, "sliding_attention": ROPE}, {"full_attention": {**ROPE, "factor": 2.0}})),
+    "standardize": (False, TRUTH),
+    "use_clipped_linears": (False, TRUTH),
+}
+USED_IN_EMBEDDER = {
+    "patch_size": (4, WHOLE),
+    "pooling_kernel_size": (2, WHOLE),
+    "model_patch_size": (None, (*WHOLE, 7)),
+    "mm_embed_dim": (32, WHOLE),
+    "mm_posemb_size": (80, WHOLE),
+    "rms_norm_eps": (1e-5, NUMBER),
+}
+TOKEN = ("60", -1, 2.5, True, [60], 2**63, 64)
+
+
+def seeing_on_top(family, *ids):
+    """What a file with a vision part says at its top level."""
+    return {**used_on_top(family), **dict.fromkeys(ids, (63, TOKEN)),
+            "vision_config": ({**tiny.VISION[family], "hidden_size": 32}, ("x", [], 5))}
+
+
 def used_on_top(family):
     tied = tiny.flat(family).get("tie_word_embeddings")
     return {"text_config": (without(tiny.flat(family, hidden_size=48), "architectures"), ("x", [], ABSENT)),
@@ -177,11 +224,17 @@ def used_on_top(family):
 
 USED = {
     "gemma3": USED_IN_GEMMA3,
-    "gemma3 top": used_on_top("gemma3"),
+    "gemma3 top": {**seeing_on_top("gemma3", "image_token_index", "boi_token_index", "eoi_token_index"),
+                   **dict.fromkeys(["image_token_id", "boi_token_id", "eoi_token_id"], (None, (*TOKEN, 63))),
+                   "mm_tokens_per_image": (4, (*WHOLE, 8))},
     "gemma3 nested": {**USED_IN_GEMMA3, "final_logit_softcapping": (None, (30.0,))},
     "gemma4": USED_IN_GEMMA4,
-    "gemma4 top": used_on_top("gemma4"),
-    "gemma4 nested": USED_IN_GEMMA4,
+    "gemma4 top": seeing_on_top("gemma4", "image_token_id", "video_token_id", "boi_token_id", "eoi_token_id"),
+    "gemma4 nested": {**USED_IN_GEMMA4, "pad_token_id": (3, (-1, "0", 2.5, True, [0], 64)),
+                      "use_bidirectional_attention": ("vision", ("all", True, 1, ["vision"]))},
+    "gemma3 vision": USED_IN_SIGLIP,
+    "gemma4 vision": USED_IN_TOWER,
+    "unified vision": USED_IN_EMBEDDER,
     "llama4": USED_IN_LLAMA4,
     "llama4 top": used_on_top("llama4"),
     "llama4 nested": USED_IN_LLAMA4,

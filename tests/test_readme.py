@@ -7,13 +7,22 @@ ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def test_the_python_example_runs_as_pasted(monkeypatch, capsys):
+def run(section, monkeypatch, capsys):
+    """What the example of a section prints, executed as pasted."""
     monkeypatch.chdir(ROOT)
-    section = README.split("## From Python")[1].split("\n## ")[0]
-    code = "\n".join(line[4:] for line in section.splitlines() if line.startswith("    ") or not line)
+    text = README.split("## " + section)[1].split("\n## ")[0]
+    code = "\n".join(line[4:] for line in text.splitlines() if line.startswith("    ") or not line)
     exec(compile(code, "README.md", "exec"), {})
-    out = capsys.readouterr().out
+    return capsys.readouterr().out
+
+
+def test_the_python_example_runs_as_pasted(monkeypatch, capsys):
+    out = run("From Python", monkeypatch, capsys)
     assert "A rabbit eats carrots." in out and "longest sequence 1024 tokens" in out
+
+
+def test_the_example_with_pictures_runs_as_pasted(monkeypatch, capsys):
+    assert "'lookups': " in run("Pictures and video", monkeypatch, capsys)
 
 
 def test_the_commands_are_targets_of_the_makefile():

@@ -69,6 +69,28 @@ def test_rope_angles_are_of_the_rounded_product():
     np.testing.assert_array_equal(out, np.stack([np.cos(angle), np.sin(angle)], axis=1))
 
 
+@pytest.mark.parametrize("head_dim", [4, 12, 72])
+def test_two_columns_of_positions_turn_like_axial_rope(head_dim):
+    """Axial RoPE turns the first half of a head by the column and the second by the row, each in pairs of its own
+    halves. With the dims reordered, [2 axes, 2 halves, n] to [2 halves, 2 axes, n], that is the usual rotation by
+    angles of two columns. Source: HF modeling_gemma4, apply_multidimensional_rope."""
+    rng, n = np.random.default_rng(head_dim), head_dim // 4
+    x, positions = rng.standard_normal((5, 3, head_dim)), rng.integers(0, 90, (5, 2)).astype(np.int32)
+    inv_freq = (100.0 ** (-2 * np.arange(n) / (head_dim // 2))).astype(np.float32)
+    want = np.empty_like(x)
+    for axis in range(2):
+        angle = (positions[:, axis, None].astype(np.float32) * inv_freq).astype(np.float64)[:, None]
+        cos, sin, at = np.cos(angle), np.sin(angle), axis * head_dim // 2
+        a, b = x[..., at:at + n], x[..., at + n:at + 2 * n]
+        want[..., at:at + n], want[..., at + n:at + 2 * n] = a * cos - b * sin, b * cos + a * sin
+    order = np.arange(head_dim).reshape(2, 2, n).transpose(1, 0, 2).ravel()
+    angles, out = np.empty((5, 2, 2 * n)), np.empty((5, 3 * head_dim))
+    reference.rope_angles(positions, np.tile(inv_freq, 2), angles)
+    reference.qk_norm_rope_cache(x[..., order].reshape(5, -1), None, None, angles, None, None, None, n_heads=3,
+                                 v_norm=False, v_is_k=False, eps=1e-6, weight_offset=0.0, qk_norm=None, out=out)
+    np.testing.assert_allclose(out.reshape(x.shape), want[..., order], rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("rope", ROPES)
 @pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(1, 1, 2), (4, 2, 16), (6, 1, 24), (3, 3, 6)])
 @pytest.mark.parametrize("v", ["projected", "normed", "is k"])

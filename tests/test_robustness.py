@@ -12,10 +12,10 @@ from tests.tiny import flat, write_checkpoint
 from tests.tiny_models import greedy
 
 
-def test_chat_refuses_parts_that_are_not_text(checkpoints):
+def test_chat_refuses_pictures_that_the_model_cannot_see(checkpoints):
     picture = [{"role": "user", "content": [{"type": "image", "image": "x.png"}, {"type": "text", "text": "what"}]}]
     llm = tiny.open_llm(checkpoints["gemma3"])
-    with pytest.raises(PromptError, match=r"part of type 'image'.*not supported yet"):
+    with pytest.raises(PromptError, match=r"images and videos came .* takes text only"):
         llm.chat(picture, greedy())
     spoken = [{"role": "user", "content": [{"type": "text", "text": "cat"}]}]
     bad, good = llm.chat([picture, spoken], greedy())

@@ -16,7 +16,7 @@ from loaders.safetensors import Checkpoint
 
 
 def test_every_op_of_the_tables_is_traced():
-    setup = {"check", "explain", "scratch_size"}
+    setup = {"check", "explain", "scratch_size", "vision_scratch_size"}
     assert set(ops.__all__) - setup == set(OPS)
     assert set(OPS) <= {name for name in dir(reference) if isfunction(getattr(reference, name))}
 

@@ -11,7 +11,8 @@ from ml_dtypes import bfloat16
 from safetensors.numpy import save_file
 
 from engine.models import describe
-from engine.tensors import EMBED, HEADS, PER_LAYER_EMBED, targets
+from engine.tensors import EMBED, HEADS, PER_LAYER_EMBED, media_targets, targets
+from engine.vision_tensors import BOUNDS, spelled
 from loaders.config import Config
 
 # Every size differs from the others where it can, windows and chunks are shorter than any prompt worth running, and
@@ -53,6 +54,19 @@ NESTED = {
     "gemma4": {"architectures": ["Gemma4ForConditionalGeneration"], "model_type": "gemma4"},
     "llama4": {"architectures": ["Llama4ForConditionalGeneration"], "model_type": "llama4"},
 }
+# Vision parts. Gemma 4 has positions for a picture of 70 soft tokens in a row.
+VISION = {
+    "gemma3": {"model_type": "siglip_vision_model", "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2,
+               "num_attention_heads": 2, "image_size": 24, "patch_size": 4, "vision_use_head": False},
+    "gemma4": {"model_type": "gemma4_vision", "hidden_size": 24, "intermediate_size": 28, "num_hidden_layers": 2,
+               "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 16, "patch_size": 2,
+               "pooling_kernel_size": 3, "position_embedding_size": 210, "standardize": True,
+               "use_clipped_linears": True, "rope_parameters": {"rope_type": "default", "rope_theta": 100.0}},
+    "unified": {"model_type": "gemma4_unified_vision", "mm_embed_dim": 24, "mm_posemb_size": 70, "patch_size": 2,
+                "pooling_kernel_size": 3},
+}
+IDS = {"gemma3": {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62, "mm_tokens_per_image": 9},
+       "gemma4": {"image_token_id": 60, "video_token_id": 59, "boi_token_id": 61, "eoi_token_id": 62}}
 
 
 def flat(family, **fields):
@@ -65,6 +79,40 @@ def nested(family, **fields):
     text = flat(family, **fields)
     del text["architectures"]
     return {**NESTED[family.partition("-")[0]], "text_config": text}
+
+
+def seeing(family, vision=None, **fields):
+    """The config.json of a checkpoint that takes pictures: one of FAMILIES, or "unified"; `vision` changes its vision
+    section, `fields` the text section."""
+    kind = family.partition("-")[0]
+    base = "gemma4" if kind == "unified" else kind
+    config = {**nested("gemma4" if kind == "unified" else family, **fields), **IDS[base],
+              "vision_config": {**VISION[kind], **(vision or {})}}
+    if kind == "unified":
+        config |= {"architectures": ["Gemma4UnifiedForConditionalGeneration"], "model_type": "gemma4_unified"}
+        config["text_config"]["model_type"] = "gemma4_unified_text"
+    return config
+
+
+def vision_tensors(config, seed=0):
+    """{checkpoint name: float32 array} of a vision part, named as in released files, exact in bfloat16."""
+    spec, prefixes = describe(Config(config)), spelled(())
+    rng = np.random.default_rng([seed, 1])
+    tensors = {}
+    for target in media_targets(spec):
+        for name, shape in target.parts:
+            values = rng.standard_normal(shape)
+            begin, dot, rest = name.partition(".")
+            if name.endswith(BOUNDS):                       # some values are beyond them
+                values = (-1 if name.endswith("_min") else 1) * (1.5 + 0.1 * abs(values))
+            elif len(shape) == 1 and not name.endswith("bias"):
+                values = 1 + 0.2 * values - (spec.norm_offset if target.is_norm else 0)
+            elif len(shape) == 1 or target.name == "positions":
+                values *= 0.2
+            else:
+                values /= (values.size / len(values)) ** 0.5
+            tensors[prefixes[begin + dot] + rest] = np.asarray(values).astype(bfloat16).astype(np.float32)
+    return tensors
 
 
 def random_tensors(config, seed=0):
@@ -89,19 +137,23 @@ def random_tensors(config, seed=0):
 
 
 def write_checkpoint(directory, config, tensors=None, *, seed=0, prefix="model.", head=HEADS[0], dtype=bfloat16,
-                     n_shards=1, extra=None):
+                     n_shards=1, vision=None, extra=None):
     """Writes config.json and the tensors under `directory`, which is made; returns it.
 
     tensors   {name without prefix: array}; None takes random_tensors(config, seed)
     prefix    put before every name but the head's, which is `head`
     dtype     of the file: bfloat16, float16 or float32
     n_shards  1 writes model.safetensors, more write that many files and an index
+    vision    {whole name: array} of the vision part; None takes vision_tensors(config, seed) where the config has one
     extra     {whole name: array} written beside them, in its own dtype
     """
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.json").write_text(json.dumps(config))
     tensors = random_tensors(config, seed) if tensors is None else tensors
     named = {head if name == HEADS[0] else prefix + name: values.astype(dtype) for name, values in tensors.items()}
+    if vision is None:
+        vision = vision_tensors(config, seed) if config.get("vision_config") else {}
+    named.update({name: values.astype(dtype) for name, values in vision.items()})
     named.update(extra or {})
     if n_shards == 1:
         save_file(named, directory / "model.safetensors")

@@ -70,9 +70,9 @@ def open_llm(path, **arguments):
 
 
 def kv_bytes_for(path, n_seqs, **arguments):
-    """A kv_cache_bytes that holds n_seqs (a fraction counts) sequences of the largest length."""
+    """A kv_cache_bytes that holds n_seqs (a fraction counts) sequences of the largest length, and a largest picture."""
     pools = plan(path, **{"device": "cpu", "max_seq_len": 96, "max_seqs": 1, **arguments}).pools
-    return int(n_seqs * sum(pool.seq_pages * pool.page_bytes for pool in pools))
+    return int(sum((n_seqs * pool.seq_pages + pool.run_pages) * pool.page_bytes for pool in pools))
 
 
 def free_pages(llm):

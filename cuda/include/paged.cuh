@@ -3,6 +3,7 @@
 //   page_table [n_entries] int32   position p of the sequence is in page page_table[page_begin + p / page_size]
 //   n_new, context                 its new tokens have positions context - n_new .. context - 1
 //   last_visible                   of each new token, or null: then a token sees nothing behind itself
+//   first_visible                  of each new token, or null: where it is before what the window shows, it counts
 #pragma once
 #include "device.cuh"
 
@@ -10,6 +11,7 @@ struct Interval { int first, last; };
 
 struct PagedSequence {
     const int* page_table;
+    const int* first_visible;
     const int* last_visible;
     int page_begin, page_size, n_new, context, window, chunk;
 
@@ -21,7 +23,8 @@ struct PagedSequence {
     // The positions that new token `i` sees. No position may be asked for beyond the pages: hence context.
     __device__ __forceinline__ Interval visible(int i) const {
         const int position = context - n_new + i;
-        return {max(position / chunk * chunk, position - window + 1),
+        const int first = max(position / chunk * chunk, position - window + 1);
+        return {first_visible ? min(first_visible[i], first) : first,
                 last_visible ? min(last_visible[i], context - 1) : position};
     }
 };

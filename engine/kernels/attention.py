@@ -50,14 +50,18 @@ def attention(q, k_pages, v_pages, paged, *, scale, out, scratch, window=None, c
             ATTENTION(**shape.constants).launch(
                 (n_blocks,), (shape.n_threads,),
                 (q, k_pages, v_pages, paged.page_table, paged.page_begin, paged.context_lens, paged.cu_seqlens,
-                 paged.last_visible, work, n_work, out, scratch.floats, scratch.counters, n_heads, n_kv_heads, head_dim,
-                 dims.page_size, window or NO_LIMIT, chunk or NO_LIMIT, split_keys(n_kv_heads, window, chunk), *factor),
+                 paged.first_visible, paged.last_visible, work, n_work, out, scratch.floats, scratch.counters, n_heads,
+                 n_kv_heads, head_dim, dims.page_size, window or NO_LIMIT, chunk or NO_LIMIT,
+                 split_keys(n_kv_heads, window, chunk), *factor),
                 smem=shape.smem_bytes)
 
 
 def variants(spec, max_tokens):
     """(Build, threads, dynamic shared memory bytes) of everything that `spec` makes attention launch."""
-    for head_dim in dict.fromkeys(layer.attention.head_dim for layer in spec.layers):
+    head_dims = [layer.attention.head_dim for layer in spec.layers]
+    if spec.media and hasattr(spec.media.tower, "head_dim"):
+        head_dims.append(spec.media.tower.head_dim)
+    for head_dim in dict.fromkeys(head_dims):
         for is_decode in (True, False):
             shape = geometry(head_dim, is_decode)
             yield ATTENTION(**shape.constants), shape.n_threads, shape.smem_bytes

@@ -8,6 +8,7 @@ import numpy as np
 from engine.errors import ShapeError
 from engine.kernels.match import match
 from engine.kernels.source import BF16, Kernel
+from engine.models.vision_spec import BlockEmbedderSpec
 
 GEMM = Kernel("gemm.cu", "gemm")
 GATED_ACTIVATION = Kernel("gemm.cu", "gated_activation")
@@ -215,8 +216,26 @@ def layer_shapes(spec):
             yield hidden, per_layer
 
 
+def tower_shapes(tower, hidden):
+    """The same of a vision tower, whose soft tokens go to rows of a decoder's `hidden`: q, k and v as one product, gate
+    and up too, and each alone, as a tower with bounds has them."""
+    yield tower.hidden, tower.patch_width
+    yield hidden, tower.hidden
+    if isinstance(tower, BlockEmbedderSpec):
+        return
+    width, intermediate = tower.q_width, tower.intermediate
+    for n_rows in (3 * width, width, 2 * intermediate, intermediate):
+        yield n_rows, tower.hidden
+    yield tower.hidden, width
+    yield tower.hidden, intermediate
+
+
 def variants(spec, max_tokens):
     """(Build, n_threads, smem_bytes) of everything that a ModelSpec launches with up to max_tokens in a step."""
     tiles = {plan(*shape, n).tile for shape in set(shapes(spec)) for n in _token_counts(max_tokens)}
+    if spec.media:
+        tower = spec.media.tower
+        tiles |= {plan(*shape, n).tile for shape in set(tower_shapes(tower, spec.hidden))
+                  for n in _token_counts(max(max_tokens, tower.most_patches))}
     for tile in sorted(tiles):
         yield tile.build(), tile.n_threads, tile.smem_bytes

@@ -4,19 +4,21 @@ from types import SimpleNamespace
 
 from engine.errors import ConfigError
 from engine.kernels import cublas, gemm, moe, paged, sampling
-from engine.kernels.activation import gate_per_layer, logit_softcap
+from engine.kernels.activation import add_bias, clamp, gate_per_layer, logit_softcap
 from engine.kernels.attention import MOST_GROUP, MOST_HEAD_DIM, MULTIPLE, attention
-from engine.kernels.embedding import embed, scale_rows, select_rows
+from engine.kernels.embedding import add_rows, embed, place_rows, pool_rows, scale_rows, select_rows
 from engine.kernels.gemm import gated_linear, linear
 from engine.kernels.moe import MOST_CHOSEN, MOST_EXPERTS, moe_combine, moe_gated_linear, moe_linear, moe_route
-from engine.kernels.rmsnorm import MOST_HIDDEN, add_norm, add_norms, mix_per_layer, rms_norm, router_norm
+from engine.kernels.rmsnorm import MOST_HIDDEN, add_norm, add_norms, layer_norm, mix_per_layer, rms_norm, router_norm
 from engine.kernels.rope import attention_temperature, qk_norm_rope_cache, rope_angles
 from engine.kernels.sampling import apply_edits, sample, top_logprobs
+from engine.models.vision_spec import BlockEmbedderSpec
 
-__all__ = ["add_norm", "add_norms", "apply_edits", "attention", "attention_temperature", "check", "embed", "explain",
-           "gate_per_layer", "gated_linear", "linear", "logit_softcap", "mix_per_layer", "moe_combine",
-           "moe_gated_linear", "moe_linear", "moe_route", "qk_norm_rope_cache", "rms_norm", "rope_angles",
-           "router_norm", "sample", "scale_rows", "scratch_size", "select_rows", "top_logprobs"]
+__all__ = ["add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention", "attention_temperature",
+           "check", "clamp", "embed", "explain", "gate_per_layer", "gated_linear", "layer_norm", "linear",
+           "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear", "moe_linear", "moe_route",
+           "place_rows", "pool_rows", "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample",
+           "scale_rows", "scratch_size", "select_rows", "top_logprobs", "vision_scratch_size"]
 
 
 def scratch_size(spec, max_tokens, max_logit_rows):
@@ -29,6 +31,14 @@ def scratch_size(spec, max_tokens, max_logit_rows):
     return tuple(map(max, zip(*sizes, strict=True)))
 
 
+def vision_scratch_size(tower, hidden, max_patches):
+    """The same of a tower's ops, for pictures of up to max_patches patches together; hidden is the decoder's."""
+    sizes = [gemm.scratch_size(*shape, max_patches) for shape in gemm.tower_shapes(tower, hidden)]
+    if head_dim := getattr(tower, "head_dim", 0):
+        sizes.append(paged.scratch_size(tower.n_heads, head_dim))
+    return tuple(map(max, zip(*sizes, strict=True)))
+
+
 def with_cublas():
     """The same table with matrix products by cuBLAS."""
     table = {name: globals()[name] for name in __all__}
@@ -38,11 +48,17 @@ def with_cublas():
         sizes += [cublas.scratch_size(2 * spec.widest_dense, spec.hidden, max_tokens)]
         return tuple(map(max, zip(*sizes, strict=True)))
 
+    def vision_scratch_with_cublas(tower, hidden, max_patches):
+        sizes = [vision_scratch_size(tower, hidden, max_patches)]
+        sizes += [cublas.scratch_size(*shape, max_patches) for shape in gemm.tower_shapes(tower, hidden)]
+        return tuple(map(max, zip(*sizes, strict=True)))
+
     def explain_with_cublas(spec, max_tokens):
         yield "matrix products: cuBLAS, so a row's bits may depend on its batch"
         yield from explain_attention(spec)
     return SimpleNamespace(**{**table, "linear": cublas.linear, "gated_linear": cublas.gated_linear,
-                              "scratch_size": scratch_with_cublas, "explain": explain_with_cublas})
+                              "scratch_size": scratch_with_cublas, "explain": explain_with_cublas,
+                              "vision_scratch_size": vision_scratch_with_cublas})
 
 
 def check(spec):
@@ -67,9 +83,31 @@ def check(spec):
             raise ConfigError(f"{attention.n_heads} query and {attention.n_kv_heads} KV heads of {attention.head_dim}: "
                               f"the attention kernel takes up to {MOST_GROUP} query heads a KV head, of at most "
                               f"{MOST_HEAD_DIM}; device='cpu' takes any")
-        for name, size in sizes.items():
-            if size % MULTIPLE:
-                raise ConfigError(f"{name} is {size}: the kernels take multiples of {MULTIPLE}; device='cpu' takes any")
+        _check_multiples(sizes)
+    if spec.media:
+        _check_tower(spec.media.tower)
+
+
+def _check_tower(tower):
+    """Raises ConfigError for a vision tower with a size that no kernel takes."""
+    sizes = {"hidden_size": tower.hidden, "values of a patch": tower.patch_width}
+    if not isinstance(tower, BlockEmbedderSpec):
+        sizes |= {"intermediate_size": tower.intermediate, "head_dim": tower.head_dim}
+        if tower.head_dim > MOST_HEAD_DIM:
+            raise ConfigError(f"vision_config: head_dim is {tower.head_dim}: the attention kernel takes up to "
+                              f"{MOST_HEAD_DIM}; device='cpu' takes any")
+    normed = tower.hidden if not isinstance(tower, BlockEmbedderSpec) else max(tower.hidden, tower.patch_width)
+    if normed > MOST_HIDDEN:
+        raise ConfigError(f"vision_config: rows of {normed} are normed: the norm kernels take up to {MOST_HIDDEN}; "
+                          "device='cpu' takes any")
+    _check_multiples(sizes, "vision_config: ")
+
+
+def _check_multiples(sizes, prefix=""):
+    for name, size in sizes.items():
+        if size % MULTIPLE:
+            raise ConfigError(f"{prefix}{name} is {size}: the kernels take multiples of {MULTIPLE}; device='cpu' takes "
+                              "any")
 
 
 def explain(spec, max_tokens):

@@ -92,12 +92,12 @@ class WorkPlan(NamedTuple):
     prefill: np.ndarray
 
 
-def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_visible=None):
+def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_visible=None, first_visible=None):
     """The WorkPlan of a step.
 
     rows          [(first query, end, context)] of each sequence; its last query has position context - 1
     window, chunk as attention takes them
-    last_visible  host int32 [n_tokens] or None, never descending within a sequence
+    last_visible, first_visible    host int32 [n_tokens] or None, never descending within a sequence
     """
     group, split = n_heads // n_kv_heads, split_keys(n_kv_heads, window, chunk)
     n_units = max_units(n_kv_heads, head_dim)
@@ -122,6 +122,8 @@ def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_v
         position = first_position[sequence] + first_token
         in_chunk = position % (chunk or NO_LIMIT)
         first_key = position - np.minimum(in_chunk, (window or NO_LIMIT) - 1)
+        if first_visible is not None:
+            first_key = np.minimum(np.asarray(first_visible)[begin[sequence] + first_token], first_key)
         last_key = first_position[sequence] + last_token
         if last_visible is not None:
             last_key = np.minimum(np.asarray(last_visible)[begin[sequence] + last_token], context[sequence] - 1)
@@ -162,10 +164,11 @@ def _items(sequence, first_row, units_of_part, begin, end, n_kv_heads, split, n_
     return np.ascontiguousarray(items[:, np.argsort(begin - end, kind="stable")].T)
 
 
-def work_capacity(n_tiles, max_keys, n_kv_heads, head_dim, window=None, chunk=None):
-    """Items that a list of a step with up to n_tiles row tiles can have, which see up to max_keys positions each."""
+def work_capacity(n_tiles, max_keys, n_kv_heads, head_dim, window=None, chunk=None, ahead=0):
+    """Items that a list of a step with up to n_tiles row tiles can have, which see up to max_keys positions each; with
+    last_visible and first_visible it sees `ahead` more than its window shows."""
     tile = geometry(head_dim, False).rows                           # tokens of a tile at most: it sees that much more
-    n_keys = min(max_keys, min(window or NO_LIMIT, chunk or NO_LIMIT) + tile)
+    n_keys = min(max_keys, min(window or NO_LIMIT, chunk or NO_LIMIT) + tile + ahead)
     n_splits = 2 + n_keys // split_keys(n_kv_heads, window, chunk)
     return n_tiles + min(max_units(n_kv_heads, head_dim), n_tiles * n_splits)
 
@@ -180,6 +183,7 @@ class PagedInputs:
     context_lens    [n_seqs] positions in the cache once the new tokens are written
     cu_seqlens      [n_seqs + 1] queries of sequence s are cu_seqlens[s]..[s + 1], the last at context_lens[s] - 1
     last_visible    [n_tokens] or None: the last position that each query sees, not before itself
+    first_visible   [n_tokens] or None: the first, where the window would begin behind it
     decode_work, prefill_work      [at least n, ITEM], items of a WorkPlan
     n_decode_work, n_prefill_work  [1], how many of them count
     n_decode_blocks, n_prefill_blocks  blocks to launch, known to the host; 0 launches nothing
@@ -198,6 +202,7 @@ class PagedInputs:
     prefill_work: object
     n_prefill_work: object
     n_prefill_blocks: int
+    first_visible: object = None
 
 
 def blocks(n_work, n_kv_heads):

@@ -1,14 +1,16 @@
-"""RMSNorm, the seam between two half-blocks, and the other chains of a row with a norm in it (cuda/rmsnorm.cu)."""
+"""RMSNorm, the seam between two half-blocks, and the other chains of a row with a norm in it; LayerNorm
+(cuda/rmsnorm.cu)."""
 
 from typing import NamedTuple
 
 from engine.errors import ShapeError
 from engine.kernels.match import match
 from engine.kernels.source import BF16, Kernel
+from engine.models.vision_spec import BlockEmbedderSpec, Gemma4TowerSpec
 
-RMS_NORM, ADD_NORM, ADD_RESIDUAL, ADD_NORMS, ROUTER_NORM, MIX_PER_LAYER = (
+RMS_NORM, ADD_NORM, ADD_RESIDUAL, ADD_NORMS, ROUTER_NORM, MIX_PER_LAYER, LAYER_NORM = (
     Kernel("rmsnorm.cu", entry)
-    for entry in ("rms_norm", "add_norm", "add_residual", "add_norms", "router_norm", "mix_per_layer"))
+    for entry in ("rms_norm", "add_norm", "add_residual", "add_norms", "router_norm", "mix_per_layer", "layer_norm"))
 MULTIPLE = 4                    # of every hidden: 8 bytes are the least that a thread reads at once
 # bf16 values of a thread. Rows of up to 2048 are spread thin, for the latency of one token; wider ones keep blocks of
 # moderate size, 224 threads for 5376, so that others load while one adds up.
@@ -118,6 +120,19 @@ def mix_per_layer(context, tokens, weight, factor, eps, out):
     _launch(MIX_PER_LAYER, dims, (context, tokens, weight, out), factor, eps)
 
 
+def layer_norm(x, weight, bias, eps, out):
+    """out = (x - mean(x)) / sqrt(mean((x - mean(x))²) + eps) * weight + bias, summed in float32, rounded once.
+
+    x             [n_rows, hidden] bf16; hidden a multiple of 4, at most 16384
+    weight, bias  [hidden] bf16
+    out           like x, may be x
+    Raises ShapeError. Source: arXiv:1607.06450.
+    """
+    dims = match("layer_norm", x=(x, "n_rows hidden", BF16), weight=(weight, "hidden", BF16),
+                 bias=(bias, "hidden", BF16), out=(out, "n_rows hidden", BF16))
+    _launch(LAYER_NORM, dims, (x, weight, bias, out), eps)
+
+
 def _launch(kernel, dims, arrays, *numbers, round_first=False):
     hidden = dims.hidden
     if hidden % MULTIPLE or not 0 < hidden <= MOST_HIDDEN:
@@ -142,3 +157,17 @@ def variants(spec, max_tokens):
     if spec.per_layer_input:
         yield *_build(ADD_RESIDUAL, spec.hidden, spec.norm_rounds_first), 0
         yield *_build(MIX_PER_LAYER, spec.per_layer_input), 0
+    if spec.media:
+        for kernel, hidden in _of_tower(spec.media.tower):
+            yield *_build(kernel, hidden), 0
+
+
+def _of_tower(tower):
+    """(kernel, width of a row) of all that a vision tower launches."""
+    yield RMS_NORM, tower.hidden
+    if isinstance(tower, Gemma4TowerSpec):
+        yield from ((ADD_NORM, tower.hidden), (ADD_RESIDUAL, tower.hidden))
+    else:
+        yield LAYER_NORM, tower.hidden
+    if isinstance(tower, BlockEmbedderSpec):
+        yield LAYER_NORM, tower.patch_width

@@ -6,6 +6,7 @@ from typing import NamedTuple
 from engine.errors import ShapeError
 from engine.kernels.match import match
 from engine.kernels.source import BF16, Kernel
+from engine.models.vision_spec import Gemma4TowerSpec, SiglipSpec
 
 ROPE_ANGLES, ATTENTION_TEMPERATURE, QK_NORM_ROPE_CACHE = (
     Kernel("rope.cu", entry) for entry in ("rope_angles", "attention_temperature", "qk_norm_rope_cache"))
@@ -38,16 +39,21 @@ def geometry(head_dim):
 def rope_angles(positions, inv_freq, out):
     """out[t] = cos, sin of positions[t] * inv_freq, a product that is rounded to float32; within 1.5e-7.
 
-    positions  [n_tokens] int32, below 2**24
+    positions  [n_tokens] int32, below 2**24; or [n_tokens, 2]: the first half of the pairs turns by column 0, the
+               second by column 1
     inv_freq   [n_pairs] float32
     out        [n_tokens, 2, n_pairs] float32
-    Raises ShapeError. Source: arXiv:2104.09864.
+    Raises ShapeError. Source: arXiv:2104.09864; two columns: HF modeling_gemma4, Gemma4VisionRotaryEmbedding.
     """
-    dims = match("rope_angles", positions=(positions, "n_tokens", "int32"), inv_freq=(inv_freq, "n_pairs", "float32"),
-                 out=(out, "n_tokens 2 n_pairs", "float32"))
+    n_axes = positions.ndim
+    dims = match("rope_angles", positions=(positions, "n_tokens 2" if n_axes == 2 else "n_tokens", "int32"),
+                 inv_freq=(inv_freq, "n_pairs", "float32"), out=(out, "n_tokens 2 n_pairs", "float32"))
+    if dims.n_pairs % n_axes:
+        raise ShapeError(f"rope_angles: {dims.n_pairs} pairs turn by two columns of positions, expected an even number")
     n_threads = min(ANGLE_THREADS, -(-dims.n_pairs // 32) * 32)
     n_parts = -(-dims.n_pairs // ANGLE_THREADS)
-    ROPE_ANGLES(**ANY).launch((dims.n_tokens, n_parts), (n_threads,), (positions, inv_freq, out, dims.n_pairs))
+    ROPE_ANGLES(**ANY).launch((dims.n_tokens, n_parts), (n_threads,),
+                              (positions, inv_freq, out, dims.n_pairs, n_axes))
 
 
 def attention_temperature(positions, scale, floor, out):
@@ -137,5 +143,10 @@ def variants(spec, max_tokens):
     if any(layer.attention.temperature for layer in spec.layers):
         yield ATTENTION_TEMPERATURE(**ANY), ANGLE_THREADS, 0
     attentions = dict.fromkeys(layer.attention for layer in spec.layers)
-    for build in dict.fromkeys(_build(a.head_dim, a.qk_norm, a.rope, a.temperature) for a in attentions):
+    heads = [(a.head_dim, a.qk_norm, a.rope, a.temperature) for a in attentions]
+    if spec.media and isinstance(spec.media.tower, Gemma4TowerSpec):
+        heads.append((spec.media.tower.head_dim, "weighted", spec.media.tower.rope_theta, None))
+    if spec.media and isinstance(spec.media.tower, SiglipSpec):
+        heads.append((spec.media.tower.head_dim, None, None, None))
+    for build in dict.fromkeys(_build(*of) for of in heads):
         yield build, THREADS, 0

@@ -1,12 +1,14 @@
-"""Gemma 3 text decoder: five sliding layers to one global, two RoPE bases, QK norm, four norms a layer.
+"""Gemma 3 decoder: five sliding layers to one global, two RoPE bases, QK norm, four norms a layer.
 
 Source: Gemma 3 report section 2; HF modeling_gemma3. RMSNorm weights are stored centred on 0 (norm_offset 1).
 """
 
 from dataclasses import replace
+from math import isqrt
 
+from engine.models import vision
 from engine.models.common import GLOBAL, SLIDING, head_dim, is_tied, kv_heads, layer_types, refuse_unknown
-from engine.models.fields import COMMON, USED, Ignored, check_fields, ignored, only
+from engine.models.fields import COMMON, USED, Ignored, check_fields, only
 from engine.models.spec import AttentionSpec, DenseSpec, LayerSpec, ModelSpec, RopeSpec
 
 TEXT_FIELDS = {
@@ -31,12 +33,15 @@ MULTIMODAL_FIELDS = {
     "model_type": only("gemma3", otherwise="another model"),
     "text_config": USED,
     "tie_word_embeddings": USED,
-    **ignored("the vision tower does not run yet; text prompts do not need it", "vision_config", "boi_token_index",
-              "eoi_token_index", "image_token_index", "image_token_id", "boi_token_id", "eoi_token_id",
-              "mm_tokens_per_image"),
+    # Without a vision_config there is nothing that these speak of.
+    **dict.fromkeys(["vision_config", "mm_tokens_per_image", "image_token_index", "image_token_id", "boi_token_index",
+                     "boi_token_id", "eoi_token_index", "eoi_token_id"], USED),
 }
 
 UNUSED_IN_TEXT = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+# (spellings: released files', transformers' attribute; what it is where a file leaves it out)
+IMAGE, BEGIN, END = ((("image_token_index", "image_token_id"), 262144), (("boi_token_index", "boi_token_id"), 255999),
+                     (("eoi_token_index", "eoi_token_id"), 256000))
 
 
 def describe_text(config):
@@ -47,17 +52,33 @@ def describe_text(config):
 
 
 def describe_multimodal(config):
-    """ModelSpec of the text part of Gemma3ForConditionalGeneration, whose text fields sit in `text_config`."""
+    """ModelSpec of Gemma3ForConditionalGeneration, whose text fields sit in `text_config`; without a `vision_config` it
+    takes no pictures."""
     check_fields(config, MULTIMODAL_FIELDS)
     text = config.section("text_config")
     check_fields(text, TEXT_FIELDS)
     if "final_logit_softcapping" in text:
         raise text.error("final_logit_softcapping", "null: implementations disagree on it in the multimodal class")
     return _describe(text, tied=is_tied(config, text), logit_softcap=None, unused=UNUSED_IN_TEXT,
-                     eos_ids=config.ids("eos_token_id") or text.ids("eos_token_id"))
+                     eos_ids=config.ids("eos_token_id") or text.ids("eos_token_id"), media=_media(config, text))
 
 
-def _describe(config, *, tied, eos_ids, logit_softcap, unused=()):
+def _vocab(text):
+    return text.int("vocab_size", 262208)
+
+
+def _media(config, text):
+    """The MediaSpec, or None for a file without a vision part."""
+    section = config.section("vision_config", None)
+    if section is None:
+        return None
+    n_soft = config.int("mm_tokens_per_image", 256)
+    if isqrt(n_soft)**2 != n_soft:
+        raise config.error("mm_tokens_per_image", "a square number")
+    return vision.media(config, _vocab(text), vision.siglip(section, n_soft), image=IMAGE, begin=BEGIN, end=END)
+
+
+def _describe(config, *, tied, eos_ids, logit_softcap, unused=(), media=None):
     # Released 4B to 27B files leave out whatever equals the class default, so the defaults here are the format's, not
     # ours. No release leaves out the three sizes without one.
     hidden = config.int("hidden_size")
@@ -66,17 +87,17 @@ def _describe(config, *, tied, eos_ids, logit_softcap, unused=()):
     attention = AttentionSpec(
         n_heads=n_heads, n_kv_heads=kv_heads(config, "num_key_value_heads", n_heads, 4),
         head_dim=head_dim(config, "head_dim", 256), rope=global_rope,
-        scale=config.float("query_pre_attn_scalar", 256.0) ** -0.5)
+        scale=config.float("query_pre_attn_scalar", 256.0) ** -0.5, sees_blocks=media is not None)
     kinds = {GLOBAL: attention,
              SLIDING: replace(attention, rope=sliding_rope, window=config.int("sliding_window", 4096))}
     mlp = DenseSpec(config.int("intermediate_size"))
     return ModelSpec(
-        architecture="gemma3", hidden=hidden, vocab=config.int("vocab_size", 262208),
+        architecture="gemma3", hidden=hidden, vocab=_vocab(config),
         layers=tuple(LayerSpec(kinds[kind], mlp)
                      for kind in layer_types(config, config.int("sliding_window_pattern", 6))),
         norm_eps=config.float("rms_norm_eps", 1e-6), norm_offset=1.0, embed_scale=hidden**0.5,
         logit_softcap=logit_softcap, max_positions=config.int("max_position_embeddings", 131072), tied=tied,
-        eos_ids=eos_ids, unused_prefixes=unused)
+        eos_ids=eos_ids, unused_prefixes=unused, media=media)
 
 
 def _ropes(config):

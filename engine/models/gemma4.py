@@ -1,10 +1,11 @@
-"""Gemma 4 text decoders: two head dims, partial RoPE and K=V on global layers, V norm, a scalar per layer.
+"""Gemma 4 decoders: two head dims, partial RoPE and K=V on global layers, V norm, a scalar per layer.
 
 The MoE model (26B-A4B) has experts beside each dense MLP. In the E-series a second embedding table feeds every layer,
 and the last layers read the K and V of the last one of their kind before them.
 Source: Gemma 4 model cards; HF modeling_gemma4. RMSNorm weights multiply directly (norm_offset 0).
 """
 
+from engine.models import vision
 from engine.models.common import (
     GLOBAL,
     SLIDING,
@@ -41,13 +42,19 @@ MULTIMODAL_FIELDS = {
     "model_type": only("gemma4", "gemma4_unified", otherwise="another model"),
     "text_config": USED,
     "tie_word_embeddings": USED,
-    **ignored("the vision and audio parts do not run yet; text prompts do not need them", "vision_config",
-              "audio_config", "image_token_id", "video_token_id", "audio_token_id", "boi_token_id", "eoi_token_id",
-              "boa_token_id", "eoa_token_id", "eoa_token_index", "vision_soft_tokens_per_image"),
+    # Without a vision_config there is nothing that these speak of.
+    **dict.fromkeys(["vision_config", "image_token_id", "video_token_id", "boi_token_id", "eoi_token_id"], USED),
+    **ignored("the audio part does not run yet; other prompts do not need it", "audio_config", "audio_token_id",
+              "boa_token_id", "eoa_token_id", "eoa_token_index"),
+    **ignored("the request, or else the processor's file, says how many soft tokens", "vision_soft_tokens_per_image"),
 }
+# In a file with a vision part: the row of the second embedding table that soft tokens read, and what pictures see.
+SEEING_TEXT_FIELDS = {**TEXT_FIELDS, "pad_token_id": USED, "use_bidirectional_attention": USED}
 
 UNUSED_IN_TEXT = tuple(prefix + part for part in ("vision_tower.", "audio_tower.", "embed_vision.", "embed_audio.",
                                                   "vision_embedder.") for prefix in ("model.", ""))
+# (spellings; what it is where a file leaves it out)
+IMAGE, BEGIN, END = (("image_token_id",), 258880), (("boi_token_id",), 255999), (("eoi_token_id",), 258882)
 
 
 # What a key that is left out means, by text class. 256 turns per-layer inputs on; the unified class has none, nor
@@ -61,22 +68,39 @@ def describe_text(config):
     return _describe(config, ABSENT, tied=config.bool("tie_word_embeddings", True), eos_ids=config.ids("eos_token_id"))
 
 
-def describe_multimodal(config, absent=ABSENT):
-    """ModelSpec of the text part of Gemma4ForConditionalGeneration, whose text fields sit in `text_config`."""
+def describe_multimodal(config, absent=ABSENT, tower=vision.gemma4_tower):
+    """ModelSpec of Gemma4ForConditionalGeneration, whose text fields sit in `text_config`; without a `vision_config` it
+    takes no pictures."""
     check_fields(config, MULTIMODAL_FIELDS)
     text = config.section("text_config")
     return _describe(text, absent, tied=is_tied(config, text), unused=UNUSED_IN_TEXT,
-                     eos_ids=config.ids("eos_token_id") or text.ids("eos_token_id"))
+                     eos_ids=config.ids("eos_token_id") or text.ids("eos_token_id"), media=_media(config, text, tower))
 
 
 def describe_unified(config):
-    """The same of Gemma4UnifiedForConditionalGeneration (12B), whose class has other defaults."""
-    return describe_multimodal(config, ABSENT_UNIFIED)
+    """The same of Gemma4UnifiedForConditionalGeneration (12B), whose class has other defaults and no tower."""
+    return describe_multimodal(config, ABSENT_UNIFIED, vision.block_embedder)
 
 
-def _describe(config, absent, *, tied, eos_ids, unused=()):
+def _vocab(text):
+    return text.int("vocab_size", 262144)
+
+
+def _media(config, text, tower):
+    """The MediaSpec, or None for a file without a vision part."""
+    section = config.section("vision_config", None)
+    if section is None:
+        return None
+    vocab, pad = _vocab(text), text.int("pad_token_id", 0, least=0)
+    if pad >= vocab:
+        raise text.error("pad_token_id", f"an id of the vocabulary, below {vocab}")
+    return vision.media(config, vocab, tower(section), image=IMAGE, begin=BEGIN, end=END, video="video_token_id",
+                        pad=pad)
+
+
+def _describe(config, absent, *, tied, eos_ids, unused=(), media=None):
     check_fields(config, TEXT_FIELDS)
-    hidden, vocab = config.int("hidden_size"), config.int("vocab_size", 262144)
+    hidden, vocab = config.int("hidden_size"), _vocab(config)
     per_layer_input = config.int("hidden_size_per_layer_input", absent["hidden_size_per_layer_input"], least=0)
     if absent is ABSENT_UNIFIED:
         if per_layer_input:
@@ -84,12 +108,12 @@ def _describe(config, absent, *, tied, eos_ids, unused=()):
         if config.bool("enable_moe_block", False):
             raise config.error("enable_moe_block", "false: the unified model has no experts")
     return ModelSpec(
-        architecture="gemma4", hidden=hidden, vocab=vocab, layers=tuple(_layers(config, absent["sliding_window"])),
+        architecture="gemma4", hidden=hidden, vocab=vocab, layers=tuple(_layers(config, absent, media)),
         norm_eps=config.float("rms_norm_eps", 1e-6), norm_offset=0.0, embed_scale=hidden**0.5,
         logit_softcap=config.float("final_logit_softcapping", None),
         max_positions=config.int("max_position_embeddings", absent["max_position_embeddings"]), tied=tied,
         eos_ids=eos_ids, unused_prefixes=unused, per_layer_input=per_layer_input,
-        per_layer_vocab=_per_layer_vocab(config, vocab) if per_layer_input else 0)
+        per_layer_vocab=_per_layer_vocab(config, vocab) if per_layer_input else 0, media=media)
 
 
 def _per_layer_vocab(config, vocab):
@@ -99,11 +123,11 @@ def _per_layer_vocab(config, vocab):
     return n_rows
 
 
-def _layers(config, default_window):
+def _layers(config, absent, media):
     """The LayerSpecs. Layers from the first shared one on read the K and V of the last layer of their kind before it,
     and may have MLPs of twice the width."""
     kinds = layer_types(config, 6)
-    attentions = list(_attentions(config, kinds, default_window))
+    attentions = list(_attentions(config, kinds, absent, media))
     n_shared = config.int("num_kv_shared_layers", 0, least=0)
     first = len(kinds) - n_shared
     producers = {kind: i for i, kind in enumerate(kinds[:max(first, 0)])}
@@ -128,10 +152,15 @@ def _mlp(config, dense):
                    config.int("moe_intermediate_size"), dense, routing="softmax")
 
 
-def _attentions(config, kinds, default_window):
+def _attentions(config, kinds, absent, media):
     """The AttentionSpec of each layer. Released files give global layers their sizes in `global_head_dim` and
     `num_global_key_value_heads`; files re-saved by transformers 5 in `per_layer_config` instead, by layer number, and
-    a layer that it leaves out has the sizes of a sliding one."""
+    a layer that it leaves out has the sizes of a sliding one.
+
+    Where pictures are seen both ways, global layers are causal all the same, and windows cut. Not in the unified
+    class: there every layer sees the whole of a picture. Source: HF modeling_gemma4, create_masks_for_vision_model;
+    modeling_gemma4_unified, Gemma4UnifiedModel.forward.
+    """
     n_heads = config.int("num_attention_heads", 8)
     v_is_k = config.bool("attention_k_eq_v", False)
     n_kv_heads, dim = kv_heads(config, "num_key_value_heads", n_heads, 4), head_dim(config, "head_dim", 256)
@@ -141,14 +170,18 @@ def _attentions(config, kinds, default_window):
         sizes[GLOBAL] = (n_global if v_is_k else n_kv_heads, head_dim(config, "global_head_dim", 512))
     own = _per_layer(config, len(kinds))
     ropes = _ropes(config.section("rope_parameters", None))
-    window = config.int("sliding_window", default_window)
+    window = config.int("sliding_window", absent["sliding_window"])
+    sees_blocks = media is not None and config.values.get("use_bidirectional_attention") == "vision"
+    is_whole = sees_blocks and absent is ABSENT_UNIFIED
     for i, kind in enumerate(kinds):
         n_kv_heads, dim = sizes[kind]
         if i in own:
             n_kv_heads = kv_heads(own[i], "num_key_value_heads", n_heads, n_kv_heads)
             dim = head_dim(own[i], "head_dim", dim)
         yield AttentionSpec(n_heads=n_heads, n_kv_heads=n_kv_heads, head_dim=dim, scale=1.0, rope=ropes[kind],
-                            window=window if kind == SLIDING else None, v_norm=True, v_is_k=v_is_k and kind == GLOBAL)
+                            window=window if kind == SLIDING else None, v_norm=True, v_is_k=v_is_k and kind == GLOBAL,
+                            sees_blocks=is_whole or (sees_blocks and kind == SLIDING),
+                            sees_whole_blocks=is_whole and kind == SLIDING)
 
 
 def _per_layer(config, n_layers):

@@ -1,4 +1,4 @@
-"""Shapes by name: the config.json of released models, as far as their text decoder goes.
+"""Shapes by name: the config.json of released models, as far as text and vision go.
 
 Gemma 3: the technical report (arXiv:2503.19786) and the files of google/gemma-3-*; 4B leaves out whatever equals the
 class default. Gemma 4: google/gemma-4-*. Llama 4: meta-llama/Llama-4-*-Instruct.
@@ -38,11 +38,27 @@ def _gemma3_multimodal(**fields):
                               "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False}}
 
 
-def _gemma4(architecture, model_type, n_layers, **fields):
+def _gemma4_vision(**fields):
+    return {"attention_bias": False, "attention_dropout": 0.0, "default_output_length": 280, "dtype": "bfloat16",
+            "hidden_activation": "gelu_pytorch_tanh", "initializer_range": 0.02, "max_position_embeddings": 131072,
+            "model_type": "gemma4_vision", "patch_size": 16, "pooling_kernel_size": 3, "position_embedding_size": 10240,
+            "rms_norm_eps": 1e-06, "rope_parameters": {"rope_theta": 100.0, "rope_type": "default"}, **fields}
+
+
+E_VISION = _gemma4_vision(hidden_size=768, intermediate_size=3072, num_hidden_layers=16, num_attention_heads=12,
+                          num_key_value_heads=12, head_dim=64, standardize=False, use_clipped_linears=True)
+LARGE_VISION = _gemma4_vision(hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16,
+                              num_key_value_heads=16, head_dim=72, standardize=True, use_clipped_linears=False)
+UNIFIED_VISION = {"mm_embed_dim": 3840, "mm_posemb_size": 1120, "model_patch_size": 48,
+                  "model_type": "gemma4_unified_vision", "num_soft_tokens": 280, "output_proj_dims": 3840,
+                  "patch_size": 16, "pooling_kernel_size": 3, "rms_norm_eps": 1e-06}
+
+
+def _gemma4(architecture, model_type, n_layers, vision, **fields):
     return {"architectures": [architecture], "model_type": model_type, "audio_config": None, "audio_token_id": 258881,
             "boa_token_id": 256000, "boi_token_id": 255999, "dtype": "bfloat16", "eoa_token_index": 258883,
             "eoi_token_id": 258882, "eos_token_id": [1, 106], "image_token_id": 258880, "initializer_range": 0.02,
-            "tie_word_embeddings": True, "video_token_id": 258884, "vision_config": {"hidden_size": 1152},
+            "tie_word_embeddings": True, "video_token_id": 258884, "vision_config": vision,
             "text_config": {
                 "attention_bias": False, "attention_dropout": 0.0, "attention_k_eq_v": True, "bos_token_id": 2,
                 "dtype": "bfloat16", "enable_moe_block": False, "eos_token_id": 1, "final_logit_softcapping": 30.0,
@@ -88,21 +104,21 @@ PRESETS = {
         hidden_size=5376, intermediate_size=21504, num_hidden_layers=62, num_attention_heads=32, num_key_value_heads=16,
         head_dim=128, query_pre_attn_scalar=168),
     "gemma-4-e2b": _gemma4(
-        "Gemma4ForConditionalGeneration", "gemma4", 35, hidden_size=1536, intermediate_size=6144,
+        "Gemma4ForConditionalGeneration", "gemma4", 35, E_VISION, hidden_size=1536, intermediate_size=6144,
         num_attention_heads=8, num_key_value_heads=1, layer_types=([SLIDING] * 4 + [GLOBAL]) * 7,
         use_double_wide_mlp=True, num_kv_shared_layers=20, **E_SERIES),
     "gemma-4-e4b": _gemma4(
-        "Gemma4ForConditionalGeneration", "gemma4", 42, hidden_size=2560, intermediate_size=10240,
+        "Gemma4ForConditionalGeneration", "gemma4", 42, E_VISION, hidden_size=2560, intermediate_size=10240,
         num_attention_heads=8, num_key_value_heads=2, num_kv_shared_layers=18, **E_SERIES),
     "gemma-4-12b": _gemma4(
-        "Gemma4UnifiedForConditionalGeneration", "gemma4_unified", 48, hidden_size=3840, intermediate_size=15360,
-        num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=1),
+        "Gemma4UnifiedForConditionalGeneration", "gemma4_unified", 48, UNIFIED_VISION, hidden_size=3840,
+        intermediate_size=15360, num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=1),
     "gemma-4-26b-a4b": _gemma4(
-        "Gemma4ForConditionalGeneration", "gemma4", 30, hidden_size=2816, intermediate_size=2112,
+        "Gemma4ForConditionalGeneration", "gemma4", 30, LARGE_VISION, hidden_size=2816, intermediate_size=2112,
         num_attention_heads=16, num_key_value_heads=8, num_global_key_value_heads=2, enable_moe_block=True,
         num_experts=128, top_k_experts=8, moe_intermediate_size=704),
     "gemma-4-31b": _gemma4(
-        "Gemma4ForConditionalGeneration", "gemma4", 60, hidden_size=5376, intermediate_size=21504,
+        "Gemma4ForConditionalGeneration", "gemma4", 60, LARGE_VISION, hidden_size=5376, intermediate_size=21504,
         num_attention_heads=32, num_key_value_heads=16, num_global_key_value_heads=4),
     "llama-4-scout": _llama4(
         interleave_moe_layer_step=1, max_position_embeddings=10485760, num_local_experts=16, use_qk_norm=True,

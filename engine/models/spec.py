@@ -1,8 +1,10 @@
 """What a model is, as values. A new variant is a new spec type, and a branch in the layer scheduler that knows it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+
+from engine.models.vision_spec import MediaSpec
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class AttentionSpec:
     chunk        a token sees only positions of its own stretch of so many, from position 0 on; None is no such limit
     qk_norm      RMSNorm per head of q and k: "weighted" (before RoPE), "plain" (after RoPE, no weights) or None
     temperature  grows the queries with their position, or None
+    sees_blocks  a soft token of a picture also sees the later ones of its picture; `window` still cuts the earlier, but
+                 not with sees_whole_blocks
     """
 
     n_heads: int
@@ -92,6 +96,8 @@ class AttentionSpec:
     chunk: int | None = None
     qk_norm: str | None = "weighted"
     temperature: TemperatureSpec | None = None
+    sees_blocks: bool = False
+    sees_whole_blocks: bool = False
 
     @property
     def kind(self):
@@ -172,17 +178,19 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A decoder-only text model.
+    """A decoder-only model of text, with pictures and videos in it where `media` says how.
 
     norm_offset       RMSNorm multiplies by (weight + norm_offset)
     embed_scale       multiplies embedding rows, not the head; rounded to the weights' dtype where that is bfloat16
     logit_softcap     c in c * tanh(logits / c), or None
     tied              the head is the embedding matrix; a separate head is used only if the checkpoint has one
     eos_ids           token ids that end a text, as config.json names them; generation_config.json goes before it
-    unused_prefixes   name prefixes of tensors that a text run does not read (vision and audio parts)
+    unused_prefixes   name prefixes of tensors that a text run does not read (vision and audio parts); with `media`
+                      those of the vision part are read all the same
     per_layer_input   width of what a second embedding table gives each layer of a token; 0 is no such table
     per_layer_vocab   rows of that table
     norm_rounds_first RMSNorm rounds x / rms(x) to the weights' dtype, then the product with the weight; else once
+    media             the MediaSpec of a model that sees, or None
     """
 
     architecture: str
@@ -200,6 +208,20 @@ class ModelSpec:
     per_layer_input: int = 0
     per_layer_vocab: int = 0
     norm_rounds_first: bool = False
+    media: MediaSpec | None = None
+
+    @property
+    def has_blocks(self):
+        """Whether some layer sees a picture's later soft tokens: then no picture is split between steps."""
+        return any(layer.attention.sees_blocks for layer in self.layers)
+
+    def text_only(self):
+        """The same without pictures: what a text prompt needs of it."""
+        if self.media is None:
+            return self
+        plain = {"sees_blocks": False, "sees_whole_blocks": False}
+        layers = (replace(layer, attention=replace(layer.attention, **plain)) for layer in self.layers)
+        return replace(self, media=None, layers=tuple(layers))
 
     @property
     def first_shared(self):

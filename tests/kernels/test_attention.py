@@ -33,7 +33,7 @@ class Case:
     """A ragged batch over a cache in which whatever nobody may read is NaN.
 
     rows  [(first query, end, context)] of each sequence
-    see   {"window": .., "chunk": .., "softcap": .., "last_visible": ..}
+    see   {"window": .., "chunk": .., "softcap": .., "last_visible": .., "first_visible": ..}
     """
 
     q: np.ndarray
@@ -48,7 +48,7 @@ class Case:
         """Random q, K and V for sequences of (n_new, context)."""
         rng = np.random.default_rng([head_dim, n_kv_heads, group, page_size, *(n for pair in sequences for n in pair)])
         rows = rows_of(sequences)
-        starts = [interval(context - n, see)[0] for n, context in sequences]
+        starts = [min([interval(context - n, see)[0], *see.get("first_visible", ())]) for n, context in sequences]
         counts = [-(-context // page_size) - start // page_size
                   for (_, context), start in zip(sequences, starts, strict=True)]
         pages = rng.permutation(sum(counts) + 3).tolist()           # three that nobody holds
@@ -73,15 +73,17 @@ class Case:
 
     def inputs(self, put):
         """PagedInputs on the lane that put(host array) brings arrays to."""
-        page_size, last_visible = self.k.shape[1], self.see.get("last_visible")
+        page_size = self.k.shape[1]
+        limits = {name: np.array(self.see[name], np.int32) for name in ("last_visible", "first_visible")
+                  if self.see.get(name) is not None}
         see = {name: self.see.get(name) for name in ("window", "chunk")}
-        work = plan(self.rows, **self.dims, last_visible=last_visible, **see)
+        work = plan(self.rows, **self.dims, **limits, **see)
         batch = PagedBatch(self.lists, None, self.rows, page_size)      # k and v are there: slots are not read
         blocks = [planning.blocks(len(items), self.dims["n_kv_heads"]) for items in work]
         return PagedInputs(
             slots=None, page_table=put(batch.page_table), page_begin=put(batch.page_begin),
             context_lens=put(batch.context_lens), cu_seqlens=put(batch.cu_seqlens),
-            last_visible=None if last_visible is None else put(np.array(last_visible, np.int32)), page_size=page_size,
+            **{"last_visible": None, **{name: put(limit) for name, limit in limits.items()}}, page_size=page_size,
             decode_work=put(work.decode), n_decode_work=put(np.array([len(work.decode)], np.int32)),
             n_decode_blocks=blocks[0], prefill_work=put(work.prefill),
             n_prefill_work=put(np.array([len(work.prefill)], np.int32)), n_prefill_blocks=blocks[1])
@@ -92,14 +94,15 @@ class Case:
         tokens = slice(begin + first, begin + end)
         see = dict(self.see)
         if see.get("last_visible") is not None:
-            see["last_visible"] = see["last_visible"][tokens]
+            see |= {name: see[name][tokens] for name in ("last_visible", "first_visible") if name in see}
             context = max(context - (stop - begin) + end, int(see["last_visible"].max()) + 1)
         else:
             context -= stop - begin - end
         n_unseen = context - (self.rows[sequence][2] - (stop - begin) + end)       # of an image block cut in two
         q = np.concatenate([self.q[tokens], np.zeros((n_unseen, self.q.shape[1]), BF16)])
         if n_unseen:
-            see["last_visible"] = np.concatenate([see["last_visible"], np.arange(context - n_unseen, context)])
+            see |= {name: np.concatenate([see[name], np.arange(context - n_unseen, context)])
+                    for name in ("last_visible", "first_visible") if name in see}
         return replace(self, q=q, lists=[self.lists[sequence]], rows=[(0, len(q), context)], see=see)
 
     def key(self, sequence, positions):
@@ -118,6 +121,8 @@ def interval(position, see, token=None):
     """The first and last position that a query sees."""
     window, chunk = see.get("window") or 10**9, see.get("chunk") or 10**9
     first = max(0, position - window + 1, position // chunk * chunk)
+    if token is not None and see.get("first_visible") is not None:
+        first = min(first, int(see["first_visible"][token]))
     return first, position if token is None or see.get("last_visible") is None else int(see["last_visible"][token])
 
 
@@ -197,6 +202,17 @@ def test_contexts_around_chunks(lane, n_new):
 def test_an_image_block_is_seen_whole_whatever_the_window(lane, window):
     last = np.r_[np.arange(60, 70), [99] * 30, np.arange(100, 110)]
     check(lane, Case.make([(50, 110)], 64, group=2, window=window, last_visible=last))
+
+
+@pytest.mark.parametrize("window", [None, 8, 100])
+def test_an_image_block_sees_all_of_itself_beyond_the_window(lane, window):
+    last = np.r_[np.arange(60, 70), [99] * 30, np.arange(100, 110)]
+    first = np.r_[np.arange(60, 70), [70] * 30, np.arange(100, 110)]
+    case = Case.make([(50, 110)], 64, group=2, window=window, last_visible=last, first_visible=first)
+    check(lane, case)
+    whole = attend(lane, case)
+    for at, end in ((0, 10), (10, 40), (40, 50)):
+        assert same_bits(attend(lane, case.only(0, at, end))[:end - at], whole[at:end])
 
 
 def test_softcap(lane):

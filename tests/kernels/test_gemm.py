@@ -157,7 +157,9 @@ def test_residual_may_be_out(lane):
 
 # Launches
 
-SHAPES = sorted({shape for name in PRESETS for shape in gemm.shapes(preset(name))} | set(ODD) | {(24, SPLIT_IN)})
+SPECS = [preset(name) for name in PRESETS]
+SHAPES = sorted({shape for spec in SPECS for shape in gemm.shapes(spec)} | set(ODD) | {(24, SPLIT_IN)}
+                | {shape for spec in SPECS if spec.media for shape in gemm.tower_shapes(spec.media.tower, spec.hidden)})
 
 
 def test_splits_cover_k_and_follow_the_weight_alone():

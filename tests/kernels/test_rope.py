@@ -58,20 +58,38 @@ def test_angles_of_every_quarter_turn(lane):
     assert np.abs(got - twin_angles(np.array([1]), inv_freq)).max() <= ANGLE_ERROR
 
 
+@pytest.mark.parametrize("n_pairs", [6, 32, 36, 300])
+def test_angles_of_two_columns(lane, n_pairs):
+    """The first half of the pairs turns by a patch's column, the second by its row."""
+    x, y = np.divmod(np.arange(40), 7)
+    inv_freq = np.tile(100.0 ** (-2 * np.arange(n_pairs // 2) / n_pairs), 2).astype(np.float32)
+    got = run_angles(lane, np.stack([x, 1000 + y], axis=1), inv_freq)
+    for pairs, column in ((slice(n_pairs // 2), x), (slice(n_pairs // 2, None), 1000 + y)):
+        np.testing.assert_array_equal(got[..., pairs], run_angles(lane, column, inv_freq)[..., pairs])
+    assert np.abs(got - twin_angles(np.stack([x, 1000 + y], axis=1), inv_freq)).max() <= ANGLE_ERROR
+
+
 def test_no_angles(lane):
     assert run_angles(lane, np.zeros(0), np.ones(8, np.float32)).shape == (0, 2, 8)
+    assert run_angles(lane, np.zeros((0, 2)), np.ones(8, np.float32)).shape == (0, 2, 8)
     assert run_angles(lane, np.arange(3), np.ones(0, np.float32)).shape == (3, 2, 0)
 
 
 def test_angles_refuse_what_does_not_fit(lane):
     with pytest.raises(ShapeError, match=r"out is \[2, 2, 9\] float32, expected \[n_tokens=2, 2, n_pairs=8\]"):
         rope_angles(lane.zeros((2,), np.int32), lane.zeros((8,), np.float32), lane.zeros((2, 2, 9), np.float32))
+    with pytest.raises(ShapeError, match=r"positions is \[2, 3\] int32, expected \[n_tokens, 2\]"):
+        rope_angles(lane.zeros((2, 3), np.int32), lane.zeros((8,), np.float32), lane.zeros((2, 2, 8), np.float32))
+    with pytest.raises(ShapeError, match="9 pairs turn by two columns of positions, expected an even number"):
+        rope_angles(lane.zeros((2, 2), np.int32), lane.zeros((9,), np.float32), lane.zeros((2, 2, 9), np.float32))
 
 
-def test_angles_move_the_least(lane):
-    positions, inv_freq = np.arange(48), RopeSpec(1e6).inv_freq(512)
+@pytest.mark.parametrize("n_axes", [1, 2])
+def test_angles_move_the_least(lane, n_axes):
+    positions, inv_freq = np.arange(48 * n_axes).reshape((48, 2)[:n_axes]), RopeSpec(1e6).inv_freq(512)
     out = run_angles(lane, positions, inv_freq)
-    assert_least_traffic(lane.traffic(), least_bytes("rope.cu", "rope_angles", n_tokens=48, n_pairs=256),
+    assert_least_traffic(lane.traffic(),
+                         least_bytes("rope.cu", "rope_angles", n_tokens=48, n_pairs=256, n_axes=n_axes),
                          cost.rope_angles(positions, inv_freq, out))
 
 

@@ -44,9 +44,9 @@ def test_an_error_is_one_line():
 
 # --- kernels
 
-def attention(rows, head_dim=32, window=None):
+def attention(rows, head_dim=32, window=None, **sizes):
     return KernelCase("attention", "", "none", {"rows": rows, "n_heads": 4, "n_kv_heads": 2, "head_dim": head_dim,
-                                                "window": window, "chunk": None})
+                                                "window": window, "chunk": None, **sizes})
 
 
 def experts(op, **sizes):
@@ -70,6 +70,7 @@ CASES = [
     KernelCase("add_norm", "", "none", {"n_tokens": 3, "hidden": 64, "layer_scalar": False}),
     attention([(3, 1, 40)]), attention([(3, 1, 40)], window=20), attention([(2, 40, 40)]),
     attention([(1, 70, 70)], window=20), attention([(1, 12, 12)], window=20), attention([(1, 20, 20)], head_dim=512),
+    attention([(2, 40, 40)], head_dim=72, sees_all=True),
     sample(temperature=0.0, top_k=0, top_p=1.0), sample(temperature=0.7, top_k=8, top_p=0.9),
 ]
 

@@ -22,18 +22,23 @@ from loaders.config import Config
 from tests import tiny
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
+MORE = ["gemma3", "unified"]            # tiny presets beside the one with all kinds of layers
 PLACE_OF_OUT = {"rms_norm": 4, "embed": 3, "moe_gated_linear": 3, "moe_linear": 3, "add_norms": 6, "router_norm": 4,
-                "mix_per_layer": 5, "gate_per_layer": 3, "attention_temperature": 3}    # else 2
-ABOUT_SPECS = {"check", "explain", "scratch_size"}      # of engine/kernels/ops.py, what is no op
+                "mix_per_layer": 5, "gate_per_layer": 3, "attention_temperature": 3, "layer_norm": 4, "add_rows": 3,
+                "place_rows": 3, "pool_rows": 5}        # else 2
+# Of engine/kernels/ops.py, what is no op.
+ABOUT_SPECS = {"check", "explain", "scratch_size", "vision_scratch_size"}
 
 
 @pytest.fixture
 def tiny_preset(monkeypatch):
-    """A preset of a few numbers, with layers of several families: all kinds of attention and of experts, a softcap,
-    inputs of every layer."""
-    first, *others = (describe(Config(tiny.flat(family))) for family in ("gemma4-e", "gemma4-moe", "llama4"))
-    spec = replace(first, layers=sum((other.layers for other in others), first.layers))
-    monkeypatch.setattr(kernel_cases, "preset", lambda name: spec)
+    """Presets of a few numbers: one with layers of several families, all kinds of attention and of experts, a softcap,
+    inputs of every layer and a tower with bounds; one with a tower with biases, one whose pictures have no tower."""
+    first, *others = (describe(Config(config)) for config in (
+        tiny.seeing("gemma4-e", {"use_clipped_linears": True}), tiny.flat("gemma4-moe"), tiny.flat("llama4")))
+    specs = {"tiny": replace(first, layers=sum((other.layers for other in others), first.layers)),
+             **{name: describe(Config(tiny.seeing(name))) for name in MORE}}
+    monkeypatch.setattr(kernel_cases, "preset", specs.get)
     return "tiny"
 
 
@@ -43,13 +48,18 @@ def lane():
 
 
 def tiny_cases(preset, ops=None):
-    return cases_of([preset], n_tokens=[1, 5, 20], contexts=[40], batches=[1, 3], ops=ops)
+    """Of MORE what the first preset has no case of."""
+    def of(names):
+        return cases_of(names, n_tokens=[1, 5, 20], contexts=[40], batches=[1, 3], ops=ops)
+    first = of([preset])
+    known = {case.op for case in first}
+    return first + [case for case in of(MORE) if case.op not in known]
 
 
 # --- which cases
 
 def test_every_op_of_the_table_has_cases():
-    names = {case.op for case in cases_of(["gemma-4-26b-a4b", "gemma-4-e2b", "llama-4-scout"])}
+    names = {case.op for case in cases_of(["gemma-4-26b-a4b", "gemma-4-e2b", "gemma-3-4b", "llama-4-scout"])}
     assert names == set(OPS) == set(TABLE) == set(ops.__all__) - ABOUT_SPECS
 
 
@@ -65,12 +75,14 @@ def test_one_shape_is_one_case():
     labels = [case.label for case in cases_of(["gemma-3-1b"], [1], [1024], [1], ["linear"])]
     assert labels == ["qkv", "o", "down", "head"]           # local and global layers have the same
     labels = [case.label for case in cases_of(["gemma-4-31b"], [1], [1024], [1], ["linear"])]
-    assert labels == ["qkv local", "o local", "qkv global", "o global", "down", "head"]
+    assert [label for label in labels if "tower" not in label] == [
+        "qkv local", "o local", "qkv global", "o global", "down", "head"]
 
 
 def test_shapes_are_the_models():
     """Gemma 4 31B, from its card: hidden 5376, 32 heads, 16 KV heads of 256 or 4 of 512 whose v is k."""
-    shapes = {case.name: case.sizes for case in cases_of(["gemma-4-31b"], [1], [1024], [1])}
+    shapes = {case.name: case.sizes for case in cases_of(["gemma-4-31b"], [1], [1024], [1])
+              if "tower" not in case.label}
     products = {name: tuple(sizes.values())[1:] for name, sizes in shapes.items() if "linear" in name}
     assert products == {
         "linear qkv local": (5376, 16384), "linear o local": (8192, 5376), "linear qkv global": (5376, 18432),
@@ -78,6 +90,42 @@ def test_shapes_are_the_models():
         "gated_linear": (5376, 21504, "gelu_tanh")}
     assert shapes["embed"] == {"n_tokens": 1, "vocab": 262144, "hidden": 5376}
     assert shapes["attention decode global"]["head_dim"] == 512 and shapes["qk_norm_rope_cache global"]["v_is_k"]
+
+
+def test_towers_have_the_shapes_of_a_picture():
+    """Of 280 soft tokens, each of 3 x 3 patches of 16 x 16 x 3 values: Gemma 4 31B, whose tower has 16 heads of 72."""
+    shapes = {case.name: case.sizes for case in cases_of(["gemma-4-31b"], ops=["linear", "attention", "gated_linear",
+                                                                              "add_rows", "pool_rows", "place_rows"])}
+    products = {name: tuple(sizes.values()) for name, sizes in shapes.items() if "linear tower" in name}
+    assert products == {
+        "linear tower patch": (2520, 768, 1152), "linear tower qkv": (2520, 1152, 3456),
+        "linear tower o": (2520, 1152, 1152), "linear tower down": (2520, 4304, 1152),
+        "gated_linear tower": (2520, 1152, 4304, "gelu_tanh"), "linear tower projection": (280, 1152, 5376)}
+    assert shapes["attention tower"] == {"rows": [(1, 2520, 2520)], "n_heads": 16, "n_kv_heads": 16, "head_dim": 72,
+                                         "window": None, "chunk": None, "sees_all": True}
+    assert shapes["add_rows"]["n_places"] == 20480 and shapes["pool_rows"]["k"] == 9
+    assert shapes["place_rows"] == {"n_tokens": 280, "width": 5376}
+
+
+def test_pictures_have_no_more_patches_than_a_step_has_tokens():
+    for n_tokens, n_patches in ((1, 9), (64, 63), (4096, 2520)):
+        (case,) = (case for case in cases_of(["gemma-4-e2b"], [n_tokens], [1024], [1], ["attention"])
+                   if case.label == "tower")
+        assert case.sizes["rows"] == [(1, n_patches, n_patches)]
+
+
+def test_a_patch_sees_later_ones(lane):
+    """What a case of a tower is compared with: a token in the middle against all keys."""
+    sizes = {"rows": [(1, 50, 50)], "n_heads": 2, "n_kv_heads": 2, "head_dim": 16, "window": None, "chunk": None}
+    whole, causal = (KernelCase("attention", "", "tiny", {**sizes, **more}).prepare(lane, np.random.default_rng(3))
+                     for more in ({"sees_all": True}, {}))
+    assert whole.check() < 0.01 and causal.check() < 0.01
+    assert whole.cost.flops == 4 * 2 * 16 * 50 * 50 and causal.cost.flops == 4 * 2 * 16 * 50 * 51 // 2
+    args, kwargs = OPS["attention"].call(causal.sets[0], sizes)
+    whole.launches[0] = lambda: ops.attention(whole.sets[0]["q"], whole.sets[0]["k_pages"], whole.sets[0]["v_pages"],
+                                              args[3], **{**kwargs, "out": whole.sets[0]["out"]})
+    with pytest.raises(BenchError, match="is off its twin by"):
+        whole.check()
 
 
 def test_prompts_are_longer_than_decode_steps():

@@ -186,7 +186,7 @@ def test_what_may_move_more_says_why():
     for op, extra in (("moe_linear", {}), ("moe_gated_linear", {"by_pair": False})):
         most, notes = bound(op, 1000, **routed, **extra)
         assert most == pytest.approx(1.1 * (1000 + 2 * 64 * again[op]) / 1000) and "anew" in notes[0]
-    for op, sizes in (("attention", {"rows": [(1, 64, 64)]}), ("apply_edits", {}), ("sample", {}),
+    for op, sizes in (("attention", {"rows": [(1, 64, 64)], "head_dim": 64}), ("apply_edits", {}), ("sample", {}),
                       ("top_logprobs", {}), ("attention_temperature", {}), ("moe_route", {})):
         most, notes = bound(op, **sizes)
         assert most is None and notes
@@ -199,7 +199,7 @@ def test_bank_conflicts_are_a_goal_missed_but_for_bins(monkeypatch):
     monkeypatch.setattr(KernelCase, "prepare", lambda *_: prepared)
     monkeypatch.setattr(traffic.host, "checking", lambda: nullcontext([launch]))
     data = SimpleNamespace(rng=None)
-    cases = cases_of(["gemma-4-31b"], [1], [1024], [1], ["rms_norm", "top_logprobs"])
+    cases = cases_of(["gemma-3-1b"], [1], [1024], [1], ["rms_norm", "top_logprobs"])
     norm, tops = (traffic.counted(case, None, data)[0] for case in cases)
     assert norm.goal == Goal("bank conflicts", at_most=0) and norm.is_met is False and tops.goal is None
     launch.traffic.bank_conflicts = 0
@@ -209,11 +209,30 @@ def test_bank_conflicts_are_a_goal_missed_but_for_bins(monkeypatch):
 def test_slices_keep_rows_whole():
     for case in traffic.sliced(cases_of(["gemma-4-31b"], [1, 64], [1024], [1])):
         s = case.sizes
+        if "tower" in case.label or case.op in ("add_rows", "pool_rows", "place_rows"):
+            assert s.get("n_places", 0) <= 4096 and s.get("n_kv_heads", 0) <= 4 and s.get("n_tokens", 0) <= 63
+            assert s.get("head_dim", 72) == 72 and s.get("hidden", 1152) == 1152 and s.get("n_out", 0) <= 256
+            continue
         assert s.get("n_out", 0) <= 256 and (case.op != "qk_norm_rope_cache" or s["n_tokens"] in (1, 32))
         assert s.get("n_in", 5376) in (5376, 8192, 16384, 21504) and s.get("hidden", 5376) == 5376
         assert s.get("head_dim", 256) in (256, 512) and s.get("n_kv_heads", 0) <= 4
         if case.op == "attention":
             assert s["n_heads"] // s["n_kv_heads"] == {256: 2, 512: 8}[s["head_dim"]]
+
+
+@pytest.mark.parametrize("op, sizes, factor, note", [
+    ("add_rows", {"n_tokens": 64, "hidden": 1152, "n_axes": 1}, 1.1, None),
+    ("add_rows", {"n_tokens": 64, "hidden": 1152, "n_axes": 2}, 1.1 * (1 + 2 * 1152 * (128 - 16) / 1e5), "PLACES"),
+    ("rope_angles", {"n_tokens": 64, "n_pairs": 32}, 1.1, None),
+    ("rope_angles", {"n_tokens": 64, "n_pairs": 36}, 1.1 * (1 + 64 * 64 / 1e5), "SECTORS"),
+    ("qk_norm_rope_cache", {"n_tokens": 32, "head_dim": 64}, 1.1, None),
+    ("qk_norm_rope_cache", {"n_tokens": 32, "head_dim": 72}, None, "HALVES"),
+    ("linear", {"n_tokens": 9, "n_in": 588, "n_out": 256}, None, "ODD_ROWS"),
+    ("attention", {"rows": [(1, 64, 64)], "head_dim": 72}, None, "TEN_CHUNKS")])
+def test_what_a_tower_moves_beyond_its_cost_is_bounded_or_said(op, sizes, factor, note):
+    most, notes = traffic.bound(KernelCase(op, "", "any", sizes), 1e5)
+    assert most == pytest.approx(factor) if factor else most is None
+    assert note is None or getattr(traffic, note) in notes
 
 
 def test_of_further_models_only_what_takes_another_way_is_counted():

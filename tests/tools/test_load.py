@@ -11,7 +11,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 from measure import checkpoint_files, load
-from measure.models import Model, models_of, sliced
+from measure.models import Model, models_of, sliced, text_of
 from measure.random_weights import RandomCheckpoint
 from measure.report import BenchError, load_document, rows_of
 from safetensors.numpy import load_file
@@ -43,6 +43,16 @@ def test_every_preset_has_slices_that_config_json_can_say(name):
     assert spec.layers == preset(name).layers[:3]
     assert describe(Config(config)) == spec
     assert len(preset(name).layers) > 3                             # the preset itself is as it was
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_what_is_measured_reads_text(name):
+    """Nothing of a preset's vision part is written, planned or counted, and its config.json says so."""
+    config, spec = text_of(name)
+    assert spec == describe(Config(config)) == preset(name).text_only()
+    assert "vision_config" not in config and not spec.has_blocks
+    args = SimpleNamespace(model=None, preset=[name], layers=None)
+    assert [(model.config, model.spec) for model in models_of(args, [])] == [(config, spec)]
 
 
 def test_a_slice_has_the_readers_of_others_k_and_v_that_lie_in_it():

@@ -71,7 +71,7 @@ def test_states_and_logits_stay_of_a_size_at_any_depth(family):
 @pytest.mark.parametrize("preset_name", PRESETS)
 @pytest.mark.parametrize("ple", ["device", "host"])
 def test_a_checkpoint_has_all_that_a_preset_needs(preset_name, ple):
-    spec = preset(preset_name)
+    spec = preset(preset_name).text_only()
     tensors = RandomCheckpoint(spec).tensors
     accounts = account(spec, tensors, ple)
     assert not accounts.problems and not accounts.unused

@@ -10,6 +10,7 @@ the one at 100 % bounds. resident is weights and KV cache, all that must be ther
 from dataclasses import asdict
 
 from measure.cases import parse_cases, positive
+from measure.models import text_of
 from measure.report import BenchError, Goal, Row, Stat, load_document
 
 DEFAULT_CASES = ("decode={1,8,64}*1@{1024,32768}", "prefill={2048,8192,32768}")
@@ -27,12 +28,11 @@ def add_arguments(parser):
 
 def run(args, report):
     """A row for each preset and case; 0."""
-    from engine.models.presets import preset
     ceilings = given_ceilings(args)
     report.facts["ceilings"] = asdict(ceilings)
     cases = args.case or [case for text in DEFAULT_CASES for case in parse_cases(text)]
     for name in args.preset or DEFAULT_PRESETS:
-        spec = preset(name)
+        _, spec = text_of(name)
         for case in cases:
             if case.max_context > spec.max_positions:
                 report.skip(f"{name}: {case}", f"the model's max_position_embeddings is {spec.max_positions}")

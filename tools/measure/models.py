@@ -52,7 +52,6 @@ def add_ple(parser):
 def models_of(args, default):
     """[Model] of --preset, --model and --layers; without any the presets `default`. Raises BenchError."""
     from engine.models import describe
-    from engine.models.presets import PRESETS, preset
     from loaders.config import Config
     if args.model is not None:
         if args.preset or args.layers:
@@ -61,11 +60,20 @@ def models_of(args, default):
         return [Model(args.model.resolve().name, describe(config), None, {}, args.model)]
     models = []
     for name in args.preset or default:
-        config, spec = PRESETS[name], preset(name)
+        config, spec = text_of(name)
         if args.layers:
             config, spec = sliced(name, config, spec, args.layers)
         models.append(Model(name, spec, args.layers, config))
     return models
+
+
+def text_of(preset_name):
+    """(config.json, ModelSpec) of a preset without its vision part: what is measured here reads text."""
+    from engine.models import describe
+    from engine.models.presets import PRESETS
+    from loaders.config import Config
+    config = {key: value for key, value in PRESETS[preset_name].items() if key != "vision_config"}
+    return config, describe(Config(config, preset_name))
 
 
 def sliced(name, config, spec, n_layers):

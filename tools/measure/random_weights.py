@@ -3,6 +3,8 @@
     spec = slice_of(preset("gemma-4-31b"), 12)
     core = Core.open(spec, config, lane, RandomCheckpoint(spec, seed=0))
 
+The text part alone: Core.open takes a model without any vision tensor for one of text.
+
 What a layer gives has about the size of what it gets, so that states stay finite and logits spread at any depth.
 Drawing each weight would take minutes for 60 GB: blocks of a few million drawn values are copied instead.
 """

@@ -19,6 +19,8 @@ from measure.kernel.op_branches import AddNorms, GatePerLayer, MixPerLayer, Rout
 from measure.kernel.op_logits import ApplyEdits, LogitSoftcap, Sample, TopLogprobs
 from measure.kernel.op_moe import MoeCombine, MoeGatedLinear, MoeLinear, MoeRoute
 from measure.kernel.op_rows import AddNorm, Embed, GatedLinear, Linear, RmsNorm, SelectRows
+from measure.kernel.op_vision import AddBias, AddRows, Clamp, LayerNorm, PlaceRows, PoolRows
+from measure.kernel.tower_shapes import tower_shapes
 from measure.models import kind_of
 from measure.report import BenchError
 
@@ -28,7 +30,9 @@ OPS = {"linear": Linear(), "gated_linear": GatedLinear(), "attention": Attention
        "gate_per_layer": GatePerLayer(), "attention_temperature": AttentionTemperature(),
        "rope_angles": RopeAngles(), "embed": Embed(), "select_rows": SelectRows(), "logit_softcap": LogitSoftcap(),
        "moe_route": MoeRoute(), "moe_gated_linear": MoeGatedLinear(), "moe_linear": MoeLinear(),
-       "moe_combine": MoeCombine(), "apply_edits": ApplyEdits(), "sample": Sample(), "top_logprobs": TopLogprobs()}
+       "moe_combine": MoeCombine(), "apply_edits": ApplyEdits(), "sample": Sample(), "top_logprobs": TopLogprobs(),
+       "layer_norm": LayerNorm(), "add_bias": AddBias(), "clamp": Clamp(), "add_rows": AddRows(),
+       "pool_rows": PoolRows(), "place_rows": PlaceRows()}
 # A launch is cold when so much was touched since its set's last turn: three times the 60 MB of an H200's L2 cache.
 COLD_BYTES = 180 << 20
 LEAST_SETS, MOST_SETS = 3, 64       # more of small sets would measure how long arrays take to make
@@ -165,7 +169,7 @@ def cases_of(presets, n_tokens=(1, 16, 64, 4096), contexts=(1024,), batches=(1, 
     """[KernelCase] of the presets, each shape of a preset once.
 
     n_tokens  of a step: products, norms, RoPE, embedding; where it is more than a decode step has, also the length of a
-              prompt for attention
+              prompt for attention; the largest bounds the patches of a picture
     contexts  of decode attention
     batches   sequences of a decode step; rows of logits
     ops       names of the op table, None for all. Raises BenchError for a name that is none
@@ -241,6 +245,8 @@ def _shapes(spec, sweep):
         yield "embed", "", {"n_tokens": n, "vocab": spec.vocab, "hidden": spec.hidden}
         for rope, head_dim in ropes(spec):
             yield "rope_angles", "", {"n_tokens": n, "n_pairs": rope.n_pairs(head_dim)}
+    if spec.media:
+        yield from tower_shapes(spec.media.tower, spec.hidden, max(sweep.n_tokens))
     for batch in sweep.batches:
         for context in sweep.contexts:
             for a in attentions:

@@ -31,7 +31,7 @@ class RopeAngles(Op):
 
     def make(self, data, s, first=None):
         n, n_pairs = s["n_tokens"], s["n_pairs"]
-        return {"positions": data.put(data.rng.integers(0, 32768, n)),
+        return {"positions": data.put(data.rng.integers(0, 32768, (n, 2) if s.get("n_axes") == 2 else n)),
                 "inv_freq": data.put(1e4 ** (-np.arange(n_pairs) / n_pairs), np.float32),
                 "out": data.empty((n, 2, n_pairs), np.float32)}
 
@@ -142,7 +142,10 @@ class Attention(Op):
         slots = [held.pages[at // PAGE_SIZE - held.first] * PAGE_SIZE + at % PAGE_SIZE
                  for held, (begin, end, context) in zip(lists, rows, strict=True)
                  for at in range(context - (end - begin), context)]
-        return PagedBatch(lists, np.array(slots, np.int32), rows, PAGE_SIZE), sum(counts)
+        last_visible = None                                 # of pictures every patch sees the last one
+        if s.get("sees_all"):
+            last_visible = np.array([context - 1 for begin, end, context in rows for _ in range(begin, end)], np.int32)
+        return PagedBatch(lists, np.array(slots, np.int32), rows, PAGE_SIZE, last_visible), sum(counts)
 
     @staticmethod
     def _paged(data, s, batch):
@@ -150,12 +153,13 @@ class Attention(Op):
         if not data.lane.stages:
             return batch
         work = paged.plan(batch.rows, n_heads=s["n_heads"], n_kv_heads=s["n_kv_heads"], head_dim=s["head_dim"],
-                          window=s["window"], chunk=s["chunk"])
+                          window=s["window"], chunk=s["chunk"], last_visible=batch.last_visible)
         n_blocks = [paged.blocks(len(items), s["n_kv_heads"]) for items in work]
         return PagedInputs(
             slots=data.put(batch.slots), page_table=data.put(batch.page_table), page_begin=data.put(batch.page_begin),
-            context_lens=data.put(batch.context_lens), cu_seqlens=data.put(batch.cu_seqlens), last_visible=None,
-            page_size=PAGE_SIZE, decode_work=data.put(work.decode), n_decode_work=data.put([len(work.decode)]),
+            context_lens=data.put(batch.context_lens), cu_seqlens=data.put(batch.cu_seqlens),
+            last_visible=None if batch.last_visible is None else data.put(batch.last_visible), page_size=PAGE_SIZE,
+            decode_work=data.put(work.decode), n_decode_work=data.put([len(work.decode)]),
             n_decode_blocks=n_blocks[0], prefill_work=data.put(work.prefill),
             n_prefill_work=data.put([len(work.prefill)]), n_prefill_blocks=n_blocks[1])
 
@@ -168,7 +172,8 @@ class Attention(Op):
         (q, k, v, inputs), kwargs = self.call(a, s)
         if isinstance(inputs, PagedInputs):
             batch = a["batch"]
-            inputs = replace(inputs, cu_seqlens=batch.cu_seqlens, context_lens=batch.context_lens)
+            inputs = replace(inputs, cu_seqlens=batch.cu_seqlens, context_lens=batch.context_lens,
+                             last_visible=batch.last_visible)
         return (q, k, v, inputs), kwargs
 
     def compare(self, lane, a, s, run):
@@ -182,7 +187,7 @@ class Attention(Op):
             tokens = {(last, batch.rows[last][1] - 1)}
         for i, token in sorted(tokens):
             held, (_, end, context) = batch.lists[i], batch.rows[i]
-            seen = context - (end - 1 - token)
+            seen = context if s.get("sees_all") else context - (end - 1 - token)
             first = first_seen(seen - 1, s) // PAGE_SIZE
             pages = held.pages[first - held.first:-(-seen // PAGE_SIZE) - held.first]
             dtype = np.float64 if len(pages) < 256 else np.float32

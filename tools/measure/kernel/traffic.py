@@ -11,12 +11,14 @@ Goals: moved is at most 1.1 of the cost where a kernel is bound by memory; no ke
 
 import os
 from dataclasses import replace
+from math import ceil
 
 import numpy as np
 
 from engine.errors import ConfigError
 from engine.kernels import device, gemm, host, moe
 from engine.kernels.checker import SMALL_BYTES
+from engine.kernels.paged import geometry
 from engine.kernels.resources import LIMITS
 from measure.kernel import compiled
 from measure.kernel.kernel_cases import cases_of
@@ -24,10 +26,10 @@ from measure.kernel.kernel_inputs import Data
 from measure.report import BenchError, Goal, Row, Stat
 
 PRESETS = ["gemma-3-1b", "gemma-4-31b"]
-MORE = ["gemma-4-26b-a4b", "gemma-4-e2b", "llama-4-scout"]      # of which only what takes another way than all before
+MORE = ["gemma-4-26b-a4b", "gemma-4-e2b", "gemma-3-4b", "llama-4-scout"]    # of which only ways not taken before
 N_TOKENS, CONTEXTS, BATCHES = [1, 16, 64], [1024], [1]
 # Of a slice, at most.
-MOST = {"n_out": 256, "intermediate": 128, "n_kv_heads": 4, "n_experts": 16}
+MOST = {"n_out": 256, "intermediate": 128, "n_kv_heads": 4, "n_experts": 16, "n_places": 4096}
 MOST_OF_EXPERT = 128                # columns that one expert gives
 MOST_ROTATED = 32                   # tokens of qk_norm_rope_cache: their angles are under 64 KB, which heads share
 VOCAB = 4096                        # rows of an embedding table; logits have all of theirs
@@ -37,6 +39,12 @@ ROUTES = "the block of an expert reads the experts of all pairs, from the L2 cac
 BINS = "every block adds to its row's bins, in the L2 cache; tokens of one bin meet in one bank"
 GREEDY = "a greedy row passes over its logits once, the cost counts three times"
 PREFILL = "each tile of queries reads K and V anew, from the L2 cache: bound by arithmetic"
+ODD_ROWS = "rows of no multiple of 16 bytes are copied 8 bytes at a time, which meet in banks and share sectors"
+TEN_CHUNKS = "rows of 80 are 10 chunks of 16 bytes, 8 of which fill the banks: copies meet in some"
+HALVES = "halves of heads begin within a sector of 32 bytes"
+CONFLICTS = {BINS, ODD_ROWS, TEN_CHUNKS}        # notes that say why banks are met
+SECTORS = "rows of cos and of sin begin within a sector of 32 bytes"
+PLACES = "patches of one column or row read its place anew, from the L2 cache"
 TILES = "every tile of weights reads its tokens anew, from the L2 cache"
 
 
@@ -106,7 +114,7 @@ def counted(case, lane, data):
              "small rereads": Stat("bytes", reread), "distinct / cost": Stat("x", distinct / cost),
              "moved / cost": Stat("x", moved / cost, "lower"), "bank conflicts": Stat("1", conflicts, "lower")}
     goal = None if most is None else Goal("moved / cost", at_most=most)
-    if conflicts and BINS not in notes:
+    if conflicts and CONFLICTS.isdisjoint(notes):
         goal = Goal("bank conflicts", at_most=0)
     return Row("traffic", case.name, case.shape, stats, notes, goal), list(launches)
 
@@ -115,13 +123,22 @@ def bound(case, cost):
     """(the most that moved may be of the cost, in bytes, or None, notes that say why)"""
     s = case.sizes
     if case.op == "attention" and any(query > 1 for _, query, _ in s["rows"]):
-        return None, [PREFILL]
+        return None, [PREFILL, *[TEN_CHUNKS] * (geometry(s["head_dim"], False).head_dim == 80)]
+    if case.op == "qk_norm_rope_cache" and s["head_dim"] % 32:
+        return None, [HALVES]
+    if case.op in ("linear", "gated_linear") and s["n_in"] % 8:
+        return None, [ODD_ROWS]
     if case.op in ("apply_edits", "attention_temperature", "moe_route"):
         return None, [ROUTES if case.op == "moe_route" else LATENCY]
     if case.op in ("sample", "top_logprobs"):
         return None, [GREEDY if s.get("temperature") == 0 else BINS]
     if case.op in ("moe_gated_linear", "moe_linear"):
         return SLACK * (cost + _read_again(s, case.op == "moe_gated_linear")) / cost, [TILES]
+    if case.op == "rope_angles" and 4 * s["n_pairs"] % 32:
+        return SLACK * (cost + 2 * 32 * s["n_tokens"]) / cost, [SECTORS]
+    if case.op == "add_rows" and s["n_axes"] == 2:
+        again = 2 * s["hidden"] * (2 * s["n_tokens"] - ceil(2 * s["n_tokens"]**0.5))
+        return SLACK * (cost + again) / cost, [PLACES]
     x_bytes = 2 * s["n_tokens"] * s["n_in"] if case.op in ("linear", "gated_linear") else 0
     if x_bytes >= SMALL_BYTES:
         n_rows = 2 * s["intermediate"] if case.op == "gated_linear" else s["n_out"]

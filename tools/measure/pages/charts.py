@@ -15,7 +15,8 @@ from measure.tables import figure, scale_of
 FAMILIES = {"linear": "matrix", "gated_linear": "matrix", "moe_gated_linear": "expert", "moe_linear": "expert",
             "moe_route": "expert", "moe_combine": "expert", "scale_rows": "expert", "attention": "attention",
             "add_norm": "norm", "rms_norm": "norm", "add_norms": "norm", "router_norm": "norm", "mix_per_layer": "norm",
-            "gate_per_layer": "norm", "qk_norm_rope_cache": "rope", "rope_angles": "rope",
+            "gate_per_layer": "norm", "layer_norm": "norm", "add_bias": "norm", "clamp": "norm", "pool_rows": "norm",
+            "add_rows": "move", "place_rows": "move", "qk_norm_rope_cache": "rope", "rope_angles": "rope",
             "attention_temperature": "rope", "embed": "move", "select_rows": "move", "logit_softcap": "sample",
             "sample": "sample", "top_logprobs": "sample", "apply_edits": "sample"}
 FAMILY_NAMES = {"matrix": "matrix products", "expert": "experts", "attention": "attention", "norm": "norms and gates",

@@ -56,8 +56,8 @@ def needs_window(sizes):
 
 
 def sdpa(prepared):
-    """A decode step puts the queries of one KV head into one product, so that no key is read twice. Prompts are causal;
-    where a window cuts them, by a mask."""
+    """A decode step puts the queries of one KV head into one product, so that no key is read twice. Prompts are causal,
+    where a window cuts them by a mask; patches of a picture see all of it."""
     import torch
     import torch.nn.functional as F
     s = prepared.case.sizes
@@ -69,7 +69,7 @@ def sdpa(prepared):
         if n_query == 1:
             grouped = q.reshape(len(q), s["n_kv_heads"], -1, s["head_dim"])
             return lambda: flat(F.scaled_dot_product_attention(grouped, k, v, **options).reshape(q.shape))
-        seen = {"is_causal": True}
+        seen = {"is_causal": not s.get("sees_all")}
         if needs_window(s):
             at = torch.arange(context, device=q.device)
             seen = {"attn_mask": (at <= at[:, None]) & (at > at[:, None] - s["window"])}
@@ -81,7 +81,7 @@ def sdpa(prepared):
 
 
 def flex(prepared):
-    """Compiled, with the blocks that causality and the window leave; decode steps see every key."""
+    """Compiled, with the blocks that causality and the window leave; decode steps and patches see every key."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     s = prepared.case.sizes
     (_, n_query, context), = s["rows"]
@@ -96,7 +96,7 @@ def flex(prepared):
         q, k, v = gathered(prepared, arrays)
         return lambda: flat(run(q, k, v, block_mask=blocks, **options))
     launches = [bind(arrays) for arrays in prepared.sets]
-    if n_query > 1:
+    if n_query > 1 and not s.get("sees_all"):
         device = as_torch(prepared.sets[0]["q"]).device
         blocks = create_block_mask(is_seen, None, None, n_query, context, device=device)
     return launches
@@ -127,7 +127,8 @@ def flashinfer(prepared):
             wrapper.plan(*tables, *heads, **options)
         else:
             wrapper = library.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD")
-            wrapper.plan(ints([i * n_query for i in range(n_seqs + 1)]), *tables, *heads, causal=True, **options)
+            wrapper.plan(ints([i * n_query for i in range(n_seqs + 1)]), *tables, *heads,
+                         causal=not s.get("sees_all"), **options)
         rows = q.view(-1, s["n_heads"], s["head_dim"])
         return lambda: wrapper.run(rows, pages).flatten(1)
     return [bind(arrays) for arrays in prepared.sets]

@@ -121,10 +121,10 @@ def quick_parts(lane):
 
 def too_large(preset_name, memory_bytes, n_layers=None):
     """Why a preset, or its first layers, does not fit a GPU with so much memory; "" where it does."""
-    from engine.models.presets import preset
     from engine.tensors import n_weights
+    from measure.models import text_of
     from measure.random_weights import slice_of
-    spec = preset(preset_name)
+    _, spec = text_of(preset_name)
     if n_layers:
         spec = slice_of(spec, n_layers)
     need = n_weights(spec) * WEIGHT_BYTES + ROOM_BYTES

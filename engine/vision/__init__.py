@@ -1,0 +1,1 @@
+"""Pictures: their pixels, and the towers that make soft tokens of them."""
