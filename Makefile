@@ -7,6 +7,9 @@ BIN     = $(VENV)/bin
 
 demo: $(VENV)/.demo
 	$(BIN)/python -m engine generate demo/checkpoint --prompts demo/prompts.txt --max-tokens 160 --temperature 0
+	$(BIN)/python -m engine chat demo/checkpoint --image demo/pictures/place.png --temperature 0 \
+	    --message "Where is the triangle?"
+	$(BIN)/python -m engine chat demo/checkpoint --image demo/pictures/all.png --temperature 0 --message "What do you see?"
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

@@ -100,7 +100,7 @@ def test_gated_linear_of_one_token():
 class Decoding:
     """PagedInputs of n sequences that decode a token each, as far as their cost needs them."""
 
-    last_visible = None
+    last_visible = first_visible = None
 
     def __init__(self, n_seqs, context):
         self.cu_seqlens = np.arange(n_seqs + 1, dtype=np.int32)

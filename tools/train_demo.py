@@ -1,10 +1,10 @@
-"""Makes demo/: trains a tiny Gemma 4 dense model on the seeded grammar of tools/demo_corpus.py.
+"""Makes demo/: trains a tiny Gemma 4 on the stories of tools/demo_corpus.py and the pictures of tools/demo_pictures.py.
 
     pip install -e '.[train]'
     python -m tools.train_demo [--out demo]
 
-Runs on one CPU core, in ten to fifteen minutes. Writes the checkpoint in the layout of the released Gemma 4
-models, the prompts, the held-out documents, and metrics.json: what tests/test_demo.py holds the engine to.
+Runs on one CPU core, in about twenty minutes. Writes the checkpoint in the layout of the released Gemma 4 models, the
+prompts, the held-out documents, pictures, and metrics.json: what tests/test_demo.py holds the engine to.
 """
 
 import argparse
@@ -16,248 +16,223 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import AutoTokenizer, Gemma4ForCausalLM, Gemma4TextConfig
 from transformers.utils import logging
 
+from engine.vision.picture import PictureProcessor
+from tools import demo_checkpoint as files
 from tools import demo_corpus as corpus
+from tools import demo_model as models
+from tools import demo_pictures as pictures
 from tools.demo_trigram import Trigram, perplexity
 
 SEED = 4
-VOCAB = 1536
-SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<|turn>", "<turn|>"]        # ids 0 to 5, found by name everywhere else
-TOKENS_PER_BATCH = 1024
+TOKENS_PER_BATCH = 1024        # of texts
+TOKENS_PER_LOOK = 512          # about three pictures: many small steps teach the tower sooner than few large ones
 MUON_LR, ADAM_LR, WARMUP_STEPS = 0.02, 5e-3, 60
-
-CONFIG = {      # the schema of the released config.json; small numbers, and a window that most stories outgrow
-    "architectures": ["Gemma4ForCausalLM"],
-    "attention_bias": False,
-    "attention_dropout": 0.0,
-    "attention_k_eq_v": True,
-    "bos_token_id": 2,
-    "dtype": "bfloat16",
-    "enable_moe_block": False,
-    "eos_token_id": [1, 5],
-    "final_logit_softcapping": 30.0,
-    "global_head_dim": 64,
-    "head_dim": 32,
-    "hidden_activation": "gelu_pytorch_tanh",
-    "hidden_size": 128,
-    "hidden_size_per_layer_input": 0,
-    "initializer_range": 0.02,
-    "intermediate_size": 384,
-    "layer_types": ["sliding_attention", "sliding_attention", "full_attention"] * 2,
-    "max_position_embeddings": 1024,
-    "model_type": "gemma4_text",
-    "moe_intermediate_size": None,
-    "num_attention_heads": 4,
-    "num_experts": None,
-    "num_global_key_value_heads": 1,
-    "num_hidden_layers": 6,
-    "num_key_value_heads": 2,
-    "num_kv_shared_layers": 0,
-    "pad_token_id": 0,
-    "rms_norm_eps": 1e-06,
-    "rope_parameters": {
-        "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1000000.0, "rope_type": "proportional"},
-        "sliding_attention": {"rope_theta": 10000.0, "rope_type": "default"},
-    },
-    "sliding_window": 32,
-    "tie_word_embeddings": True,
-    "top_k_experts": None,
-    "use_bidirectional_attention": None,
-    "use_cache": True,
-    "use_double_wide_mlp": False,
-    "vocab_size": VOCAB,
-    "vocab_size_per_layer_input": VOCAB,
-}
-GENERATION_CONFIG = {"bos_token_id": 2, "do_sample": True, "eos_token_id": [1, 5], "pad_token_id": 0,
-                     "temperature": 1.0, "top_k": 64, "top_p": 0.95}
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-    {{- '<|turn>' + ('model' if message['role'] == 'assistant' else message['role']) + '\\n' -}}
-    {%- if message['content'] is string -%}
-        {{- message['content'] | trim -}}
-    {%- else -%}
-        {%- for part in message['content'] if part['type'] == 'text' -%}
-            {{- part['text'] | trim -}}
-        {%- endfor -%}
-    {%- endif -%}
-    {{- '<turn|>\\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}
-    {{- '<|turn>model\\n' -}}
-{%- endif -%}
-"""
+N_SEEN_FIRST = 3_600        # pictures that the tower alone sees before the first question
+TEACHER_WEIGHT = 0.3
+READ_AGAIN = 8              # of so many texts one is read again between the pictures, so that none is unlearnt
+READERS_RATE = 0.3          # of the learning rate, for what can read already
+N_MEASURED = 512            # held-out pictures that metrics.json counts
 
 
-def write_json(path, data):
-    path.write_text(json.dumps(data, indent=2) + "\n")
-
-
-# ---- tokenizer -----------------------------------------------------------------------------------------------------
-def train_tokenizer(documents):
-    """A byte-fallback BPE built like Gemma's: spaces become ▁, no merge crosses a word, <bos> is put in front."""
-    tokenizer = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    tokenizer.normalizer = normalizers.Replace(" ", "▁")
-    # While training only: words and runs of marks, each with the space before it. The merges remember these borders.
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"▁?(\w+|[^\w▁\n]+)|\n|▁"), "isolated")
-    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
-    alphabet = [chr(code) for code in range(33, 127)] + ["\n", "▁"]
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=SPECIAL + bytes_, initial_alphabet=alphabet,
-                                  show_progress=False)
-    plain = (document.replace("<eos>", "").replace("<|turn>", "").replace("<turn|>", "") for document in documents)
-    tokenizer.train_from_iterator(plain, trainer)
-
-    tree = json.loads(tokenizer.to_str())           # the byte tokens are ordinary entries of the vocabulary
-    tree["added_tokens"] = []
-    tree["pre_tokenizer"] = json.loads(pre_tokenizers.Split(" ", "merged_with_previous").__getstate__())
-    tokenizer = Tokenizer.from_str(json.dumps(tree))
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<bos> $A", pair="<bos> $A <bos> $B", special_tokens=[("<bos>", SPECIAL.index("<bos>"))])
-    return tokenizer
-
-
-def write_tokenizer(tokenizer, folder):
-    assert tokenizer.get_vocab_size() == VOCAB, f"the tokenizer has {tokenizer.get_vocab_size()} tokens, not {VOCAB}"
-    tokenizer.save(str(folder / "tokenizer.json"), pretty=False)
-    write_json(folder / "tokenizer_config.json", {
-        "bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>",
-        "clean_up_tokenization_spaces": False, "model_max_length": CONFIG["max_position_embeddings"],
-        "padding_side": "left", "tokenizer_class": "PreTrainedTokenizerFast"})
-    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    messages = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": " Hello! "},
-                {"role": "assistant", "content": [{"type": "text", "text": "Hi."}]}]
-    rendered = AutoTokenizer.from_pretrained(folder).apply_chat_template(messages, tokenize=False)
-    wanted = corpus.chat_document([("system", "Be kind."), ("user", "Hello!"), ("model", "Hi.")])
-    assert rendered == f"<bos>{wanted}\n", f"the chat template renders {rendered!r}, the corpus spells {wanted!r}"
-
-
-# ---- model ---------------------------------------------------------------------------------------------------------
-def new_model():
-    """Random weights, scaled so that the residual stream, the attention scores and the logits begin of order 1."""
-    model = Gemma4ForCausalLM(Gemma4TextConfig(**CONFIG, attn_implementation="sdpa")).float()
-    for name, weight in model.named_parameters():
-        if name.endswith(("q_norm.weight", "k_norm.weight")):
-            torch.nn.init.constant_(weight, 0.6)        # q · k is not divided by sqrt(head_dim): its std is 2 or 3
-        elif name.endswith(("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")):
-            torch.nn.init.constant_(weight, 0.5)
-        elif weight.ndim == 2:
-            torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
-    return model
-
-
-def batches(documents, rng):
-    """Batches of about TOKENS_PER_BATCH tokens, documents of like length together, in random order."""
-    order = rng.permutation(len(documents))
-    pools = [sorted(order[start:start + 1024], key=lambda i: len(documents[i])) for start in range(0, len(order), 1024)]
+def batches(lengths, rng, n_tokens=TOKENS_PER_BATCH):
+    """Batches of about n_tokens tokens, documents of like length together, in random order."""
+    order = rng.permutation(len(lengths))
+    pools = [sorted(order[start:start + 1024], key=lambda i: lengths[i]) for start in range(0, len(order), 1024)]
     result = []
     for pool in pools:
         batch = []
         for i in pool:
-            if batch and len(documents[i]) * (len(batch) + 1) > TOKENS_PER_BATCH:
+            if batch and lengths[i] * (len(batch) + 1) > n_tokens:
                 result.append(batch)
                 batch = []
-            batch.append(documents[i])
+            batch.append(i)
         result.append(batch)
     return [result[i] for i in rng.permutation(len(result))]
 
 
-def token_losses(model, batch):
-    """-log P of every token after <bos>, and which of them are real: both [n_documents, longest - 1]."""
-    ids = torch.zeros(len(batch), max(map(len, batch)), dtype=torch.long)       # padded on the right: nothing sees it
-    for row, document in zip(ids, batch, strict=True):
-        row[:len(document)] = torch.tensor(document)
-    logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-    losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
-    return losses.view(len(batch), -1), ids[:, 1:] != SPECIAL.index("<pad>")
+# ---- training ------------------------------------------------------------------------------------------------------
+class Optimizer:
+    """Muon for the matrices inside the layers, AdamW for the rest; groups: [(named parameters, share of the rate)]."""
 
+    def __init__(self, groups, n_steps):
+        self.parameters, inner, outer = [], [], []
+        for named, share in groups:
+            is_inner = [weight.ndim == 2 and "embed_tokens" not in name and name != "teacher" for name, weight in named]
+            for each, lr, wanted in ((inner, MUON_LR, True), (outer, ADAM_LR, False)):
+                weights = [weight for (_, weight), one in zip(named, is_inner, strict=True) if one == wanted]
+                each.append({"params": weights, "lr": lr * share})
+            self.parameters += [weight for _, weight in named]
 
-def train(model, documents):
-    """One pass: first the lessons, then the rest. Muon for the matrices inside the layers, AdamW for the rest."""
-    rng = np.random.default_rng(SEED)
-    lessons, rest = documents[:corpus.N_LESSONS], documents[corpus.N_LESSONS:]
-    steps = batches(lessons, rng) + batches(rest, rng)
-    parameters = dict(model.named_parameters())
-    inner = [weight for name, weight in parameters.items() if weight.ndim == 2 and "embed" not in name]
-    outer = [weight for name, weight in parameters.items() if weight.ndim != 2 or "embed" in name]
-    optimizers = [torch.optim.Muon(inner, lr=MUON_LR, weight_decay=0.0),
-                  torch.optim.AdamW(outer, lr=ADAM_LR, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+        def rate(step):     # of the peak: a short warm-up, then a cosine down to 2 %
+            return min((step + 1) / WARMUP_STEPS, 0.02 + 0.49 * (1 + math.cos(math.pi * step / n_steps)))
+        self.optimizers = [torch.optim.Muon(inner, lr=MUON_LR, weight_decay=0.0),
+                           torch.optim.AdamW(outer, lr=ADAM_LR, weight_decay=0.0, betas=(0.9, 0.98), fused=True)]
+        self.schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in self.optimizers]
 
-    def rate(step):     # of the peak: a short warm-up, then a cosine down to 2 %
-        return min((step + 1) / WARMUP_STEPS, 0.02 + 0.49 * (1 + math.cos(math.pi * step / len(steps))))
-    schedules = [torch.optim.lr_scheduler.LambdaLR(optimizer, rate) for optimizer in optimizers]
-    started, shown = time.monotonic(), []
-    for step, batch in enumerate(steps, start=1):
-        losses, real = token_losses(model, batch)
-        loss = losses[real].mean()
+    def step(self, loss):
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for optimizer, schedule in zip(self.optimizers, self.schedules, strict=True):
             optimizer.step()
             optimizer.zero_grad()
             schedule.step()
-        shown.append(loss.item())
-        if step % 100 == 0 or step == len(steps):
-            seconds = time.monotonic() - started
-            print(f"step {step}/{len(steps)}  loss {np.mean(shown):.3f}  {seconds:.0f} s", flush=True)
-            shown = []
 
 
-def write_model(model, folder):
+class Progress:
+    """Prints the mean loss of each kind of step now and then."""
+
+    def __init__(self, n_steps):
+        self.n_steps, self.step, self.started, self.losses = n_steps, 0, time.monotonic(), {}
+
+    def add(self, kind, loss):
+        self.step += 1
+        self.losses.setdefault(kind, []).append(loss)
+        if self.step % 100 == 0 or self.step == self.n_steps:
+            means = "  ".join(f"{kind} {np.mean(losses):.3f}" for kind, losses in self.losses.items())
+            print(f"step {self.step}/{self.n_steps}  {means}  {time.monotonic() - self.started:.0f} s", flush=True)
+            self.losses = {}
+
+
+def learn_to_read(reader, documents):
+    """One pass: first the lessons, then the rest."""
+    rng, n = np.random.default_rng(SEED), corpus.N_LESSONS
+    lengths = list(map(len, documents))
+    steps = batches(lengths[:n], rng) + [[n + i for i in batch] for batch in batches(lengths[n:], rng)]
+    optimizer, progress = Optimizer([(list(reader.named_parameters()), 1)], len(steps)), Progress(len(steps))
+    for numbers in steps:
+        losses, words = models.token_losses(reader, [models.Example(documents[i]) for i in numbers])
+        loss = losses[words].mean()
+        optimizer.step(loss)
+        progress.add("read", loss.item())
+
+
+def learn_to_see(model, documents, seen):
+    """The tower alone first, then pictures and their questions, and one text in READ_AGAIN among them."""
+    rng, teacher, soft = np.random.default_rng(SEED), models.Teacher(), []
+    model.model.embed_vision.register_forward_hook(lambda module, inputs, out: soft.append(out.flatten(0, -2)))
+    again, lengths = documents[::READ_AGAIN], seen.lengths()
+    rest = ([("read", batch) for batch in batches(list(map(len, again)), rng)]
+            + [("look", batch) for batch in batches(lengths, rng, TOKENS_PER_LOOK)])
+    steps = [("see", batch) for batch in batches(lengths[:N_SEEN_FIRST], rng, TOKENS_PER_LOOK)]
+    steps += [rest[i] for i in rng.permutation(len(rest))]
+    named = list(model.named_parameters())
+    old, new = ([one for one in named if ("language_model" in one[0]) == told] for told in (True, False))
+    new += [("teacher", weight) for weight in teacher.parameters()]
+    optimizer, progress = Optimizer([(old, READERS_RATE), (new, 1)], len(steps)), Progress(len(steps))
+    for kind, numbers in steps:
+        batch = [models.Example(again[i]) if kind == "read" else seen.example(i) for i in numbers]
+        soft.clear()
+        if kind == "see":
+            model.get_image_features(**models.vision_inputs([one.pixels for one in batch]))
+            loss = told = teacher(soft[0], batch)
+        else:
+            losses, words = models.token_losses(model, batch)
+            loss = told = losses[words].mean()
+            if kind == "look":
+                loss = loss + TEACHER_WEIGHT * teacher(soft[0], batch)
+        optimizer.step(loss)
+        progress.add(kind, told.item())
+
+
+def weights(model):
     """bfloat16, the released tensor names; the head is tied to the embedding and not stored."""
-    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
-               if name != "lm_head.weight"}
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "config.json", CONFIG)
-    write_json(folder / "generation_config.json", GENERATION_CONFIG)
+    return {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()
+            if name != "lm_head.weight"}
+
+
+def read(file, documents):
+    """The weights of a reader of these documents: what `file` holds, or those of a new one, which are written there."""
+    if file and file.is_file():
+        return load_file(file)
+    torch.manual_seed(SEED)
+    reader = models.new_reader()
+    learn_to_read(reader, documents)
+    if file:
+        save_file(weights(reader), file)
+    return weights(reader)
+
+
+# ---- measuring -----------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def model_log_probs(model, documents):
+    losses = (models.token_losses(model, [models.Example(document)])[0][0] for document in documents)
+    return [-loss.double().numpy() for loss in losses]
 
 
 @torch.no_grad()
-def model_log_probs(model, documents):
-    losses = (token_losses(model, [document])[0][0] for document in documents)
-    return [-loss.double().numpy() for loss in losses]
+def answers_right(model, seen):
+    """Whether the first answer about each picture is, greedily, the grammar's word for word."""
+    right, begin, end = [], *map(files.SPECIAL.index, ("<|turn>", "<turn|>"))
+    for number in range(len(seen.scenes)):
+        logits, ids = models.token_logits(model, [seen.example(number)])
+        words = ids[0].tolist()
+        start = words.index(begin, 1) + 3                                   # behind "<|turn>", "model" and "\n"
+        answer = slice(start, words.index(end, start) + 1)
+        right.append(bool((logits[0, answer].argmax(-1) == ids[0, answer]).all()))
+    return right
+
+
+def by_kind(seen, right):
+    """{the first two words of a question: share of right answers}."""
+    kinds = {}
+    for scene, one in zip(seen.scenes, right, strict=True):
+        kinds.setdefault(" ".join(scene.exchanges[0][0].split()[:2]), []).append(one)
+    return {kind: round(float(np.mean(ones)), 3) for kind, ones in sorted(kinds.items())}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "demo")
+    parser.add_argument("--reader", type=Path, metavar="FILE", help="the weights after the texts, before the pictures: "
+                        "read from here where the file is there, else written to it")
     args = parser.parse_args()
-    checkpoint = args.out / "checkpoint"
-    checkpoint.mkdir(parents=True, exist_ok=True)
-    torch.manual_seed(SEED)
+    checkpoint, shown = args.out / "checkpoint", args.out / "pictures"
+    for folder in (checkpoint, shown):
+        folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)        # the order of every sum is then the same on any number of cores
     torch.use_deterministic_algorithms(True)
     logging.set_verbosity_error()
 
     texts, held_out_texts = corpus.training_documents(), corpus.held_out_documents()
-    tokenizer = train_tokenizer(texts)
-    write_tokenizer(tokenizer, checkpoint)
+    scenes, held_out_scenes = pictures.training_scenes(), pictures.held_out_scenes(N_MEASURED)
+    tokenizer = files.train_tokenizer(texts)
+    reader = read(args.reader, [encoding.ids for encoding in tokenizer.encode_batch(texts)])
+    tokenizer = files.with_pictures(tokenizer)
+    files.write_tokenizer(tokenizer, checkpoint)
+    files.write_configs(checkpoint)
     documents, held_out = ([encoding.ids for encoding in tokenizer.encode_batch(t)] for t in (texts, held_out_texts))
+    processor = PictureProcessor.load(checkpoint, files.tower())
+    seen, held_out_seen = (models.Pictures(each, seed, tokenizer, processor)
+                           for each, seed in ((scenes, SEED), (held_out_scenes, SEED + 1)))
     n_tokens = sum(len(document) - 1 for document in documents)
-    model = new_model()
-    print(f"{len(documents)} documents, {n_tokens} tokens, longest {max(map(len, documents))}; "
+    torch.manual_seed(SEED)
+    model = models.new_model(reader)
+    print(f"{len(documents)} documents, {n_tokens} tokens, longest {max(map(len, documents))}; {len(scenes)} pictures; "
           f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
-    train(model, documents)
-    write_model(model, checkpoint)
+    learn_to_see(model, documents, seen)
+    save_file(weights(model), checkpoint / "model.safetensors", metadata={"format": "pt"})
 
     model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)     # measure what was written
-    trigram = Trigram(documents, VOCAB)
-    seen = documents[-len(held_out):]
+    trigram = Trigram(documents, files.VOCAB)
+    trained = documents[-len(held_out):]
+    right = answers_right(model, held_out_seen)
     metrics = {
         "training_documents": len(documents), "training_tokens": n_tokens, "held_out_documents": len(held_out),
         "held_out_tokens": sum(len(document) - 1 for document in held_out),
         "parameters": sum(p.numel() for p in model.parameters()),
         "held_out_perplexity": round(perplexity(model_log_probs(model, held_out)), 4),
-        "training_perplexity": round(perplexity(model_log_probs(model, seen)), 4),
+        "training_perplexity": round(perplexity(model_log_probs(model, trained)), 4),
         "held_out_perplexity_trigram": round(perplexity([trigram.log_probs(document) for document in held_out]), 4),
+        "training_pictures": len(scenes), "held_out_pictures": len(right),
+        "held_out_pictures_right": round(float(np.mean(right)), 4),
+        "held_out_pictures_right_by_question": by_kind(held_out_seen, right),
     }
-    write_json(args.out / "metrics.json", metrics)
+    files.write_json(args.out / "metrics.json", metrics)
     (args.out / "prompts.txt").write_text("\n".join(corpus.prompts()) + "\n")
     (args.out / "heldout.txt").write_text("\n\n".join(held_out_texts) + "\n")
+    pictures.write_shown(shown)
     print(json.dumps(metrics, indent=2))
 
 
