@@ -194,8 +194,8 @@ template <class P> __device__ __forceinline__ void mix(Sums& sums, const unsigne
 extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS) attention(
         const bf16* q, const bf16* k_pages, const bf16* v_pages, const int* page_table, const int* page_begin,
         const int* context_lens, const int* cu_seqlens, const int* first_visible, const int* last_visible,
-        const int* work, const int* n_work, OUT bf16* out, float* floats, int* counters, int n_heads, int n_kv_heads, int head_dim, int page_size, int window,
-        int chunk, int split_keys, float scale, float softcap) {
+        const int* work, const int* n_work, OUT bf16* out, float* floats, int* counters, int n_heads, int n_kv_heads,
+        int head_dim, int page_size, int window, int chunk, int split_keys, float scale, float softcap) {
     DYNAMIC_SMEM(smem);
     unsigned char* const q_rows = smem;
     unsigned char* const ring = q_rows + ROWS * ROW_BYTES;          // tiles of K and V in turn

@@ -115,11 +115,12 @@ class Batch:
     media_source: np.ndarray | None = None
 
     @classmethod
-    def build(cls, work, kv_cache, pad=0):
+    def build(cls, work, kv_cache, pad=0, unread=()):
         """The arrays for `work`, [(sequence, n new tokens)] with pages reserved, in that order. Plain lists first: most
         steps are a few tokens.
 
-        pad  the id that is looked up at soft tokens
+        pad     the id that is looked up at soft tokens
+        unread  ids for which pad is looked up wherever they stand
         """
         size = kv_cache.page_size
         keep_all = any(sequence.task.hidden is not None for sequence, _ in work)
@@ -135,6 +136,8 @@ class Batch:
             spans.append((sequence, len(kept), len(kept) + n_kept, end))
             kept += range(len(token_ids) - n_kept, len(token_ids))
         token_ids, positions = np.array(token_ids, np.int32), np.array(positions, np.int32)
+        for token in unread:
+            token_ids[token_ids == token] = pad
         media_rows = last_visible = first_visible = None
         if media:
             media, media_rows, last_visible, first_visible = _soft_tokens(media, token_ids, positions, pad)

@@ -81,5 +81,6 @@ class Core:
             graphs = GraphCache(lane, workspace.max_logit_rows, can_capture and bool(config.graphs))
             step = Step(layers, workspace, lane, stager, graphs, encoder_cache)
         scheduler = Scheduler(kv_cache, config.max_seqs, config.max_batch_tokens, plan.max_step_tokens, encoder_cache)
-        loop = Loop(step, scheduler, kv_cache, spec.media.pad if spec.media else 0)
+        lookup = (spec.media.pad, spec.media.unread) if spec.media else ()
+        loop = Loop(step, scheduler, kv_cache, *lookup)
         return cls(spec, config, lane, plan, weights, kv_cache, workspace, graphs, step, scheduler, loop, encoder_cache)

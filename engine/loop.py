@@ -11,11 +11,12 @@ class Loop:
 
     Threads may submit and step at once: one at a time gets in, and whoever does computes for all.
 
-    pad  the id that is looked up at the positions of soft tokens
+    pad     the id that is looked up at the positions of soft tokens
+    unread  ids for which it is looked up wherever they stand
     """
 
-    def __init__(self, runner, scheduler, kv_cache, pad=0):
-        self.runner, self.scheduler, self.kv_cache, self._pad = runner, scheduler, kv_cache, pad
+    def __init__(self, runner, scheduler, kv_cache, pad=0, unread=()):
+        self.runner, self.scheduler, self.kv_cache, self._pad, self._unread = runner, scheduler, kv_cache, pad, unread
         self._n_submitted = 0
         self._lock = RLock()
 
@@ -52,7 +53,7 @@ class Loop:
 
     def _compute(self, work):
         """Runs the model over `work` and gives every task its states, logits and next token."""
-        batch = Batch.build(work, self.kv_cache, self._pad)
+        batch = Batch.build(work, self.kv_cache, self._pad, self._unread)
         for (sequence, _), (token, logprobs) in zip(batch.to_sample, self.runner.run(batch), strict=True):
             sequence.tokens.append(token)
             sequence.next_logit += 1

@@ -144,7 +144,8 @@ def plan_memory(spec, config, kind, memory_bytes=None):
         came = f"kv_cache_bytes of {kv_bytes}" if config.kv_cache_bytes else "nothing of it left for the KV cache"
         raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {working_bytes} of "
                               f"workspace{' and encoder cache' if spec.media else ''} with {came}; lower "
-                              "kv_cache_bytes, max_batch_tokens or max_seqs, or use a larger memory")
+                              f"kv_cache_bytes, {'encoder_cache_bytes, ' if spec.media else ''}max_batch_tokens or "
+                              "max_seqs, or use a larger memory")
     page_bytes = [pool.token_bytes(itemsize) * config.page_size for pool in specs]
     fits = _longest_that_fits(specs, config.page_size, page_bytes, kv_bytes, limit, longest_run)
     if fits < (config.max_seq_len or 1):

@@ -66,7 +66,8 @@ def media_list(sources, what):
     if sources is None:
         return ()
     if not isinstance(sources, (list, tuple)):
-        raise PromptError(f"{what} is of type {type(sources).__name__}, expected a list of {what}")
+        kind = what.partition("[")[0]
+        raise PromptError(f"{what} is of type {type(sources).__name__}, expected a list of {kind}")
     return tuple(sources)
 
 

@@ -11,6 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from engine import sampler
+from engine.models.vision_spec import Gemma4TowerSpec
 from engine.reference_moe import moe_combine, moe_gated_linear, moe_linear, moe_route  # noqa: F401  part of the op table
 from engine.reference_products import gated_linear, linear  # noqa: F401  part of the op table
 from engine.reference_rows import (  # noqa: F401  part of the op table
@@ -45,7 +46,8 @@ def scratch_size(spec, max_tokens, max_logit_rows):
 
 def vision_scratch_size(tower, hidden, max_patches):
     """The same of a vision tower's ops, for pictures of up to max_patches patches together."""
-    return max_patches * 2 * getattr(tower, "intermediate", 0), 0
+    is_gated = isinstance(tower, Gemma4TowerSpec) and not tower.clipped
+    return max_patches * 2 * tower.intermediate if is_gated else 0, 0
 
 
 # --- embedding

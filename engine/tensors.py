@@ -9,7 +9,7 @@ from math import prod
 
 from engine.errors import CheckpointError
 from engine.target import Target
-from engine.vision_tensors import is_vision, spelled, vision_targets
+from engine.vision_tensors import is_pooling_head, is_vision, spelled, vision_targets
 
 # Released multimodal files, what recent transformers calls them in memory and saves, and text-only files.
 PREFIXES = ("language_model.model.", "model.language_model.", "model.")
@@ -162,8 +162,8 @@ def account(spec, tensors, ple="device"):
             names[tensor], shapes[tensor] = prefixes[begin + dot] + rest, shape
     used = set(names.values())
     known = {head, *(prefix + tensor for tensor in _left_over(spec))}
-    known.update(name for name in tensors
-                 if name.startswith(spec.unused_prefixes) and not (spec.media and is_vision(name)))
+    known.update(name for name in tensors if name.startswith(spec.unused_prefixes) and not (
+        spec.media and is_vision(name) and not is_pooling_head(spec.media.tower, name)))
     unused = tuple(name for name in tensors if name not in used and name in known)
     surplus = [name for name in tensors if name not in used and name not in unused]
     problems = _with_nearest({name: f"the checkpoint has no {name} {list(shapes[tensor])}"

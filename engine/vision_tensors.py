@@ -24,6 +24,11 @@ def is_vision(name):
     return name.startswith(tuple(prefix for prefixes in SPELLINGS.values() for prefix in prefixes))
 
 
+def is_pooling_head(tower, name):
+    """Whether a tensor belongs to the head that SigLIP has beside its states, which Gemma 3 does not read."""
+    return type(tower) is SiglipSpec and name.startswith(tuple(to + "head." for to in SPELLINGS["vision_model."]))
+
+
 def spelled(tensors):
     """{how names begin here: how they do in a file that holds `tensors`}"""
     return {part: next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in tensors)), prefixes[0])

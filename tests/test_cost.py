@@ -189,13 +189,16 @@ def test_attention_in_parts_writes_them_and_counts_them():
     assert got.extra_bytes == 2 * 4 * len(items) * 8 * (64 + 2) + 4 * (n_lists + 2 * 2)
 
 
-def test_attention_to_later_positions_counts_them():
-    """An image of 6 tokens after 4 others: each sees all 6."""
+@pytest.mark.parametrize(("see", "is_whole", "n_pairs"), [
+    ({}, False, 1 + 2 + 3 + 4 + 6 * 10), ({"window": 3}, False, 1 + 2 + 3 + 3 + 8 + 7 + 6 + 5 + 4 + 3),
+    ({"window": 3}, True, 1 + 2 + 3 + 3 + 8 + 7 + 4 * 6)])
+def test_attention_to_all_of_an_image_counts_it(see, is_whole, n_pairs):
+    """An image of 6 tokens after 4 others: each sees the later ones, and the earlier ones unless a window cuts them."""
     q, pages = shaped(10, 4 * 64), shaped(400, 16, 2, 64)
-    last_visible = np.array([0, 1, 2, 3, *6 * [9]], np.int32)
-    batch = PagedBatch([PageList([])], None, [(0, 10, 10)], 16, last_visible)
-    got = cost.attention(q, pages, pages, batch, scale=1.0, out=q)
-    assert got.flops == 4 * 4 * 64 * (1 + 2 + 3 + 4 + 6 * 10)
+    last, first = (np.array([0, 1, 2, 3, *6 * [of_image]], np.int32) for of_image in (9, 4))
+    batch = PagedBatch([PageList([])], None, [(0, 10, 10)], 16, last, first if is_whole else None)
+    got = cost.attention(q, pages, pages, batch, scale=1.0, out=q, **see)
+    assert got.flops == 4 * 4 * 64 * n_pairs
 
 
 def test_sampling_reads_the_logits_once_and_again():

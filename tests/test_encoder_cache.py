@@ -86,6 +86,18 @@ def test_more_than_there_is_room_for_in_one_step_is_our_own_mistake():
         ask(cache_of(7), 1, A, B)
 
 
+def test_stats_may_be_asked_while_another_thread_steps():
+    class Meanwhile(set):
+        def __bool__(self):
+            cache._entries.pop(B.key, None)                     # what a step may do between two entries
+            return True
+
+    cache = cache_of(12)
+    ask(cache, 1, A, B, C)
+    cache._entries[A.key].holders = Meanwhile()
+    assert cache.stats()["held_pictures"] == 3
+
+
 def test_an_encoder_that_fails_leaves_the_cache_as_it_was(monkeypatch):
     cache = cache_of(8)
     ask(cache, 1, A)

@@ -22,6 +22,7 @@ from tests.fake_encoder import picture
 LANE = HostLane("emulated", ops, np.dtype(np.float32))
 PAD, IMAGE = 0, 9
 SPECS = [PoolSpec(3, 1, 16, (0,), sees_blocks=True), PoolSpec(None, 1, 16, (1,))]
+WHOLE = PoolSpec(3, 1, 16, (2,), sees_blocks=True, sees_whole_blocks=True)
 
 
 def cache_of(specs=SPECS, page_size=4):
@@ -81,9 +82,10 @@ def test_a_step_with_a_part_of_a_picture():
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_last_visible_of_any_batch_and_of_what_is_kept(data):
-    """Token by token: its own position, or the last one of its picture; rows that are kept keep theirs."""
-    cache, work = cache_of(), []
+def test_what_is_visible_in_any_batch_and_of_what_is_kept(data):
+    """Token by token: its own position, or the last one and the first one of its picture; rows that are kept keep
+    theirs."""
+    cache, work = cache_of([*SPECS, WHOLE]), []
     for _ in range(data.draw(st.integers(1, 3))):
         runs, at = [], 0
         for gap, n in data.draw(st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), max_size=3)):
@@ -99,18 +101,22 @@ def test_last_visible_of_any_batch_and_of_what_is_kept(data):
         sequence.next_logit = max(sequence.next_logit, begin)
         work.append((sequence, end - begin))
     batch = batch_of(cache, *work)
-    expected, kept = [], []
+    expected, kept = ([], []), ([], [])
     for sequence, n in work:
-        seen = [next((run.end - 1 for run in sequence.media if run.begin <= p < run.end), p)
-                for p in range(sequence.n_cached, sequence.n_cached + n)]
-        expected += seen
-        kept += seen[max(0, sequence.next_logit - sequence.n_cached):]
-    sliding, causal = batch.pools
-    if any(run.begin < s.n_cached + n and s.n_cached < run.end for s, n in work for run in s.media):
-        assert sliding.last_visible.tolist() == expected and batch.kept_pools[0].last_visible.tolist() == kept
-    else:
-        assert sliding.last_visible is None and batch.kept_pools[0].last_visible is None
-    assert causal.last_visible is None and batch.kept_pools[1].last_visible is None
+        positions = range(sequence.n_cached, sequence.n_cached + n)
+        for i, of_run in enumerate((lambda run: run.end - 1, lambda run: run.begin)):
+            seen = [next((of_run(run) for run in sequence.media if run.begin <= p < run.end), p) for p in positions]
+            expected[i].extend(seen)
+            kept[i].extend(seen[max(0, sequence.next_logit - sequence.n_cached):])
+    has_media = any(run.begin < s.n_cached + n and s.n_cached < run.end for s, n in work for run in s.media)
+    for pools, (last, first) in ((batch.pools, expected), (batch.kept_pools, kept)):
+        sliding, causal, whole = pools
+        assert [causal.last_visible, causal.first_visible, sliding.first_visible] == [None] * 3
+        if has_media:
+            assert sliding.last_visible.tolist() == whole.last_visible.tolist() == last
+            assert whole.first_visible.tolist() == first
+        else:
+            assert [sliding.last_visible, whole.last_visible, whole.first_visible] == [None] * 3
 
 
 def test_a_step_with_a_soft_token_is_no_decode_step():
@@ -129,8 +135,9 @@ def test_a_step_with_a_soft_token_is_no_decode_step():
 
 def stager_of(cache, max_tokens=64, longest_run=16):
     rope = RopeSpec(1e4)
-    layers = tuple(LayerSpec(AttentionSpec(2, 1, 16, 1.0, rope, pool.window, sees_blocks=pool.sees_blocks),
-                             DenseSpec(16)) for pool in cache.specs)
+    layers = tuple(LayerSpec(AttentionSpec(2, 1, 16, 1.0, rope, pool.window, sees_blocks=pool.sees_blocks,
+                                           sees_whole_blocks=pool.sees_whole_blocks), DenseSpec(16))
+                   for pool in cache.specs)
     spec = ModelSpec("tiny", 16, 32, layers, 1e-6, 0.0, 1.0, None, 96, True)
     return Stager(spec, cache, 96, max_tokens, 4, LANE, longest_run=longest_run)
 
@@ -162,6 +169,27 @@ def test_what_is_staged_of_pictures(last_sees):
     got = stager(batch_of(cache, (seeing, 1), (text, 1)))
     assert got.media_rows is None and got.media_source is None
     assert all(pool.last_visible is None for pool in got.pools)
+
+
+def test_what_is_staged_where_windows_do_not_cut_pictures():
+    """The picture ends the prompt, and begins in an earlier tile of keys than the last layer's window of 3."""
+    cache = cache_of([replace(SPECS[0], layers=(0,)), replace(WHOLE, layers=(1,))])
+    seeing, text = sequence_of(cache, 76, [(60, 16)]), sequence_of(cache, 4)
+    seeing.next_logit = 72
+    batch = batch_of(cache, (seeing, 76), (text, 4))
+    batch.media_source = np.arange(16, dtype=np.int32)
+    got = stager_of(cache)(batch)
+    sliding, whole = got.pools
+    kept = got.kept_pools[1]
+    assert sliding.first_visible is None
+    assert whole.first_visible.tolist() == [*range(60), *[60] * 16, 0, 1, 2, 3]
+    assert whole.last_visible.tolist() == sliding.last_visible.tolist()
+    assert (kept.first_visible.tolist(), kept.last_visible.tolist()) == ([60] * 4 + [3], [75] * 4 + [3])
+    for staged, pool in ((whole, batch.pools[1]), (kept, batch.kept_pools[1])):
+        expected = plan(pool.rows, n_heads=2, n_kv_heads=1, head_dim=16, window=3, last_visible=pool.last_visible,
+                        first_visible=pool.first_visible)
+        np.testing.assert_array_equal(staged.prefill_work, expected.prefill)
+        np.testing.assert_array_equal(staged.decode_work, expected.decode)
 
 
 @pytest.mark.parametrize("n_seqs", [1, 4])

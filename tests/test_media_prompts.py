@@ -297,7 +297,7 @@ def test_rows_of_media():
     assert media_rows([["a"], None], "images", 2) == [("a",), ()]
     with pytest.raises(PromptError, match="images has 1 entries for 2 rows"):
         media_rows([["a"]], "images", 2)
-    with pytest.raises(PromptError, match=r"images\[1\] is of type str, expected a list"):
+    with pytest.raises(PromptError, match=r"images\[1\] is of type str, expected a list of images$"):
         media_rows([None, "a"], "images", 2)
 
 

@@ -60,6 +60,16 @@ def assert_nothing_held(llm):
     assert stats["encoder_cache"]["held_pictures"] == 0
 
 
+def test_placeholders_without_a_picture(seeing_checkpoints, name):
+    """A model may generate them. Gemma 4 looks up the pad token for each, Gemma 3 what it is; next tokens follow."""
+    llm = tiny_models.open_llm(seeing_checkpoints[name])
+    media, pad, audio = llm.spec.media, llm.spec.media.pad, tiny.AUDIO_TOKEN
+    for token in (media.image_token, media.video_token, audio) if name != "gemma3" else (media.image_token,):
+        ids = [7, token, 9, 8]
+        logits, padded = seeing.forward(llm, [(ids, []), ([pad if i == token else i for i in ids], [])])
+        assert np.array_equal(logits, padded) == (name != "gemma3"), token
+
+
 SETTINGS = {
     "page-1": {"page_size": 1}, "page-16": {"page_size": 16}, "token-by-token": {"max_batch_tokens": 1, "max_seqs": 8},
     "chunks-of-5": {"max_batch_tokens": 5, "page_size": 3}, "one-at-a-time": {"max_seqs": 1, "max_batch_tokens": 17},

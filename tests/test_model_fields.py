@@ -229,7 +229,9 @@ USED = {
                    "mm_tokens_per_image": (4, (*WHOLE, 8))},
     "gemma3 nested": {**USED_IN_GEMMA3, "final_logit_softcapping": (None, (30.0,))},
     "gemma4": USED_IN_GEMMA4,
-    "gemma4 top": seeing_on_top("gemma4", "image_token_id", "video_token_id", "boi_token_id", "eoi_token_id"),
+    "gemma4 top": {**seeing_on_top("gemma4", "image_token_id", "boi_token_id", "eoi_token_id"),
+                   # One behind the vocabulary is none at all.
+                   **dict.fromkeys(["video_token_id", "audio_token_id"], (63, TOKEN[:-1]))},
     "gemma4 nested": {**USED_IN_GEMMA4, "pad_token_id": (3, (-1, "0", 2.5, True, [0], 64)),
                       "use_bidirectional_attention": ("vision", ("all", True, 1, ["vision"]))},
     "gemma3 vision": USED_IN_SIGLIP,

@@ -135,7 +135,8 @@ def test_logit_softcap():
 
 # --- attention
 
-def attention_f64(q, k, v, n_before, scale, window, chunk=None, softcap=None, last_visible=None):
+def attention_f64(q, k, v, n_before, scale, window, chunk=None, softcap=None, last_visible=None,
+                  first_visible=None):
     """Of the last positions of one sequence; q [n, n_heads, head_dim], k and v [n_before + n, n_kv_heads, head_dim]."""
     q, k, v = (x.astype(np.float64) for x in (q, k, v))
     group = q.shape[1] // k.shape[1]
@@ -146,6 +147,8 @@ def attention_f64(q, k, v, n_before, scale, window, chunk=None, softcap=None, la
             begin = max(begin, end - window)
         if chunk is not None:
             begin = max(begin, (end - 1) // chunk * chunk)
+        if first_visible is not None:
+            begin = min(begin, first_visible[i])
         if last_visible is not None:
             end = last_visible[i] + 1
         for head in range(q.shape[1]):
@@ -158,16 +161,16 @@ def attention_f64(q, k, v, n_before, scale, window, chunk=None, softcap=None, la
 
 
 def run_attention(rng, rows, n_heads, n_kv_heads, head_dim, page_size, window, order="scattered", spread=1.0,
-                  chunk=None, softcap=None, images=None, dtype=np.float32):
+                  chunk=None, softcap=None, images=None, dtype=np.float32, is_whole=False):
     """rows [(positions cached before, new ones)]; returns (out, expected). Pages hold NaN where no position lies, and
-    those that a sliding pool would have freed are not there. images {row: [(first, last)]}: positions that see all of
-    each other."""
+    those that a sliding pool would have freed are not there. images {row: [(first, last)]}: positions that see later
+    ones of these too, and with is_whole all of each other."""
     kept_from = [0 if window is None else max(0, n_before - 1 - window) // page_size for n_before, _ in rows]
     n_pages = [-(-(n_before + n) // page_size) - first for (n_before, n), first in zip(rows, kept_from, strict=True)]
     ids = np.arange(sum(n_pages) + 3)
     ids = {"scattered": rng.permutation(ids), "one run": ids, "backwards": ids[::-1]}[order].tolist()
     k_pages, v_pages = (np.full((len(ids), page_size, n_kv_heads, head_dim), np.nan, dtype) for _ in range(2))
-    scale, lists, slots, flat_rows, qs, expected, visible = head_dim**-0.5, [], [], [], [], [], []
+    scale, lists, slots, flat_rows, qs, expected, lasts, firsts = head_dim**-0.5, [], [], [], [], [], [], []
     for i, ((n_before, n), first, n_held) in enumerate(zip(rows, kept_from, n_pages, strict=True)):
         pages, ids = ids[:n_held], ids[n_held:]
         q, k, v = (f32(rng, size, heads, head_dim) for size, heads in
@@ -180,15 +183,19 @@ def run_attention(rng, rows, n_heads, n_kv_heads, head_dim, page_size, window, o
         slots += [pages[p // page_size - first] * page_size + p % page_size for p in range(n_before, n_before + n)]
         flat_rows.append((sum(map(len, qs)), sum(map(len, qs)) + n, n_before + n))
         qs.append(q)
-        seen = np.arange(n_before, n_before + n, dtype=np.int32)
+        last_seen, first_seen = np.arange(n_before, n_before + n, dtype=np.int32)[None].repeat(2, axis=0)
         for begin, last in (images or {}).get(i, ()):
-            seen[begin - n_before:last + 1 - n_before] = last
-        visible.append(seen)
-        expected.append(attention_f64(q, k, v, n_before, scale, window, chunk, softcap, seen))
+            last_seen[begin - n_before:last + 1 - n_before] = last
+            first_seen[begin - n_before:last + 1 - n_before] = begin
+        lasts.append(last_seen)
+        firsts.append(first_seen)
+        expected.append(attention_f64(q, k, v, n_before, scale, window, chunk, softcap, last_seen,
+                                      first_seen if is_whole else None))
     q = np.concatenate(qs).reshape(-1, n_heads * head_dim).astype(dtype)
     out = np.full(q.shape, np.nan, dtype)
     paged = PagedBatch(lists, np.array(slots, np.int32), flat_rows, page_size,
-                       None if images is None else np.concatenate(visible))
+                       None if images is None else np.concatenate(lasts),
+                       np.concatenate(firsts) if is_whole else None)
     reference.attention(q, k_pages, v_pages, paged, scale=scale, out=out, window=window, chunk=chunk, softcap=softcap)
     return out, np.concatenate(expected)
 
@@ -240,15 +247,16 @@ def test_attention_within_chunks(chunk, rows):
     close(out, expected, SUMMED)
 
 
+@pytest.mark.parametrize("is_whole", [False, True])
 @pytest.mark.parametrize("window", [None, 4, 30])
 @pytest.mark.parametrize("page_size", [1, 16])
-def test_attention_over_images(window, page_size):
-    """Image tokens see their whole image, back to where a causal window ends; other tokens no later one. Images larger
-    than the window, across blocks of queries, at both ends of a step, one token long."""
+def test_attention_over_images(window, page_size, is_whole):
+    """Image tokens see their image, back to where a causal window ends or all of it; other tokens no later one. Images
+    larger than the window, across blocks of queries, at both ends of a step, one token long."""
     rng = np.random.default_rng(page_size)
     rows = [(0, 12), (5, 130), (7, 1), (20, 30), (3, 1)]
     images = {0: [(0, 11)], 1: [(5, 9), (60, 99), (134, 134)], 3: [(22, 29), (40, 49)]}
-    out, expected = run_attention(rng, rows, 4, 2, 10, page_size, window, images=images)
+    out, expected = run_attention(rng, rows, 4, 2, 10, page_size, window, images=images, is_whole=is_whole)
     close(out, expected, SUMMED)
 
 

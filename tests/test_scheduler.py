@@ -344,6 +344,20 @@ def test_a_run_without_pages_preempts_newer_sequences():
     check_pages(scheduler)
 
 
+def test_a_preempted_sequence_holds_no_picture():
+    """It would keep what others need from being the first to go, for as long as it waits."""
+    scheduler = scheduler_of(page_size=1, max_len=16, max_seqs=2, max_batch_tokens=3, sees_blocks=[True])   # 16 pages
+    memory, n_total = Memory(scheduler.kv_cache, scheduler.encoder_cache), {0: 16, 1: 16}
+    newer = submit(scheduler, 1, 3, [MediaRun(0, picture("b", 2))])
+    step(scheduler, memory, n_total)
+    assert scheduler.encoder_cache.stats()["held_pictures"] == 1
+    submit(scheduler, 0, 12, [MediaRun(2, picture("a", 10))])
+    for _ in range(2):
+        step(scheduler, memory, n_total)
+    assert scheduler.waiting == [newer]
+    assert scheduler.encoder_cache.stats()["held_pictures"] == 1            # the other's
+
+
 def test_a_sliding_pool_holds_the_window_and_a_whole_run():
     """A window of 3 and a run of 12 behind it, in pages of 4: no page is missing, and there are no more than that."""
     scheduler = scheduler_of((3, None), max_len=40, max_batch_tokens=2, max_seqs=1, sees_blocks=[True, False])
@@ -359,6 +373,17 @@ def test_a_sliding_pool_holds_the_window_and_a_whole_run():
         if not sequence.n_left:
             scheduler.remove(sequence)
     assert most == 5
+
+
+def test_a_prompt_waits_until_a_sliding_pool_has_pages_for_its_picture():
+    """Another sequence leaves 11 of 16 pages: more than the window of 3 takes, fewer than a run of 12."""
+    scheduler = scheduler_of((3, None), page_size=1, extra_pages=(0, 40), max_seqs=2, sees_blocks=[True, False])
+    memory, n_total = Memory(scheduler.kv_cache, scheduler.encoder_cache), {0: 10, 1: 14}
+    submit(scheduler, 0, 8)
+    step(scheduler, memory, n_total)
+    prompt = submit(scheduler, 1, 13, [MediaRun(0, picture("a", 12))])
+    n_new = [dict(step(scheduler, memory, n_total)).get(prompt, 0) for _ in range(3)]
+    assert n_new == [0, 0, 13] and prompt.n_preemptions == 0
 
 
 def test_a_step_may_begin_in_a_picture_and_end_in_another():

@@ -1,6 +1,7 @@
 """engine/vision: towers against transformers, in float32 and bfloat16; one batch as good as many; one copy a run."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 from inspect import signature
 from itertools import pairwise
 from types import SimpleNamespace
@@ -269,6 +270,16 @@ def test_any_run_fits_the_buffer(tower, seed):
     inputs = stager(pictures, rows)
     assert len(inputs.patches) == sum(picture.n_tokens for picture in pictures) * tower.pool_side**2
     assert inputs.patches.dtype == BF16 and inputs.rows.tolist() == np.concatenate(rows).tolist()
+
+
+@pytest.mark.parametrize(("tower", "shapes"), [
+    (TOWERS[0], [(1, 113)]), (replace(TOWERS[0], pool=4), 64 * [(1, 1)]), (TOWERS[1], 16 * [(4, 4)]),
+    (TOWERS[2], [(32, 32)])])
+def test_a_run_without_a_gap_fits_the_buffer(tower, shapes):
+    lane, max_patches, pictures = HostLane("emulated", None, BF16), 1024, random_pictures(tower, shapes)
+    rows = [np.arange(picture.n_tokens, dtype=np.int32) for picture in pictures]
+    inputs = VisionStager(KINDS[type(tower)], tower, max_patches, lane)(pictures, rows)
+    assert max_patches - PAGE < len(inputs.patches) <= max_patches
 
 
 def test_a_tower_that_nobody_knows():

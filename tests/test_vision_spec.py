@@ -105,11 +105,19 @@ def test_a_file_without_a_video_id_takes_no_videos():
     assert spec_of({**config, "video_token_id": None}).media.video_token is None
 
 
+def test_a_video_id_behind_the_vocabulary_takes_no_videos():
+    """transformers writes the released one into every file that does not say another."""
+    config = tiny.seeing("gemma4")
+    assert spec_of({**config, "video_token_id": 63}).media.video_token == 63
+    for token in (64, 258884):
+        assert spec_of({**config, "video_token_id": token}) == spec_of({**config, "video_token_id": None})
+
+
 @pytest.mark.parametrize("family", ["gemma3", "gemma4", "unified"])
 def test_ids_outside_the_vocabulary(family):
     config = tiny.seeing(family)
     for key in tiny.IDS["gemma3" if family == "gemma3" else "gemma4"]:
-        if key != "mm_tokens_per_image":
+        if key not in ("mm_tokens_per_image", "video_token_id"):
             refuses({**config, key: 64}, f"{key} is 64, expected an id of the vocabulary, below 64")
             assert spec_of({**config, key: 63}) != spec_of(config)
 

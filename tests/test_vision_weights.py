@@ -323,6 +323,18 @@ def test_surplus(tmp_path, name):
     assert problem.startswith(f"{name} is not a tensor of gemma4 with 6 layers")
 
 
+def test_a_pooling_head_is_not_read(tmp_path):
+    """Gemma 3 takes the tower's states, as transformers does, whose default adds a head to new files all the same."""
+    head = {f"vision_tower.{part}head.probe": np.zeros((1, 1, 24), np.float32) for part in ("vision_model.", "")}
+    extra = {**head, "vision_tower.header.probe": np.zeros(3, np.float32)}
+    plain, _ = loaded(tiny.write_checkpoint(tmp_path / "plain", tiny.seeing("gemma3")))
+    config = tiny.seeing("gemma3", {"vision_use_head": True})
+    spec, weights = loaded(tiny.write_checkpoint(tmp_path / "head", config, extra=head))
+    assert spec == plain and sorted(weights.unused) == sorted(head)
+    problem, = problems(tmp_path, "gemma3", lambda tensors: tensors.update(extra))
+    assert problem.startswith("vision_tower.header.probe is not a tensor")
+
+
 def test_the_core_refuses_them(tmp_path):
     config = tiny.seeing("gemma4")
     tensors = tiny.vision_tensors(config)

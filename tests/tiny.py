@@ -65,6 +65,7 @@ VISION = {
     "unified": {"model_type": "gemma4_unified_vision", "mm_embed_dim": 24, "mm_posemb_size": 70, "patch_size": 2,
                 "pooling_kernel_size": 3},
 }
+AUDIO_TOKEN = 58
 IDS = {"gemma3": {"image_token_index": 60, "boi_token_index": 61, "eoi_token_index": 62, "mm_tokens_per_image": 9},
        "gemma4": {"image_token_id": 60, "video_token_id": 59, "boi_token_id": 61, "eoi_token_id": 62}}
 
@@ -91,6 +92,8 @@ def seeing(family, vision=None, **fields):
     if kind == "unified":
         config |= {"architectures": ["Gemma4UnifiedForConditionalGeneration"], "model_type": "gemma4_unified"}
         config["text_config"]["model_type"] = "gemma4_unified_text"
+    if base == "gemma4":
+        config["audio_token_id"] = AUDIO_TOKEN
     return config
 
 

@@ -5,6 +5,8 @@ and the last layers read the K and V of the last one of their kind before them.
 Source: Gemma 4 model cards; HF modeling_gemma4. RMSNorm weights multiply directly (norm_offset 0).
 """
 
+from dataclasses import replace
+
 from engine.models import vision
 from engine.models.common import (
     GLOBAL,
@@ -43,9 +45,10 @@ MULTIMODAL_FIELDS = {
     "text_config": USED,
     "tie_word_embeddings": USED,
     # Without a vision_config there is nothing that these speak of.
-    **dict.fromkeys(["vision_config", "image_token_id", "video_token_id", "boi_token_id", "eoi_token_id"], USED),
-    **ignored("the audio part does not run yet; other prompts do not need it", "audio_config", "audio_token_id",
-              "boa_token_id", "eoa_token_id", "eoa_token_index"),
+    **dict.fromkeys(["vision_config", "image_token_id", "video_token_id", "audio_token_id", "boi_token_id",
+                     "eoi_token_id"], USED),
+    **ignored("the audio part does not run yet; other prompts do not need it", "audio_config", "boa_token_id",
+              "eoa_token_id", "eoa_token_index"),
     **ignored("the request, or else the processor's file, says how many soft tokens", "vision_soft_tokens_per_image"),
 }
 # In a file with a vision part: the row of the second embedding table that soft tokens read, and what pictures see.
@@ -55,6 +58,7 @@ UNUSED_IN_TEXT = tuple(prefix + part for part in ("vision_tower.", "audio_tower.
                                                   "vision_embedder.") for prefix in ("model.", ""))
 # (spellings; what it is where a file leaves it out)
 IMAGE, BEGIN, END = (("image_token_id",), 258880), (("boi_token_id",), 255999), (("eoi_token_id",), 258882)
+AUDIO = 258881
 
 
 # What a key that is left out means, by text class. 256 turns per-layer inputs on; the unified class has none, nor
@@ -87,15 +91,18 @@ def _vocab(text):
 
 
 def _media(config, text, tower):
-    """The MediaSpec, or None for a file without a vision part."""
+    """The MediaSpec, or None for a file without a vision part. Ids of media are looked up as pad wherever they stand.
+    Source: HF modeling_gemma4, Gemma4Model.forward."""
     section = config.section("vision_config", None)
     if section is None:
         return None
     vocab, pad = _vocab(text), text.int("pad_token_id", 0, least=0)
     if pad >= vocab:
         raise text.error("pad_token_id", f"an id of the vocabulary, below {vocab}")
-    return vision.media(config, vocab, tower(section), image=IMAGE, begin=BEGIN, end=END, video="video_token_id",
-                        pad=pad)
+    media = vision.media(config, vocab, tower(section), image=IMAGE, begin=BEGIN, end=END, video="video_token_id",
+                         pad=pad)
+    ids = media.image_token, media.video_token, config.int("audio_token_id", AUDIO, least=0)
+    return replace(media, unread=tuple(token for token in ids if token is not None and token < vocab))
 
 
 def _describe(config, absent, *, tied, eos_ids, unused=(), media=None):

@@ -18,7 +18,7 @@ SIGLIP_FIELDS = {
                      "patch_size", "layer_norm_eps"], USED),
     "hidden_act": only("gelu_pytorch_tanh", otherwise="another activation"),
     "num_channels": only(3, otherwise="pictures that are not RGB"),
-    "vision_use_head": only(False, otherwise="a pooling head"),
+    **ignored("soft tokens come from the states of all patches; no pooling head is read", "vision_use_head"),
 }
 GEMMA4_FIELDS = {
     **SECTION,
@@ -86,7 +86,8 @@ def media(config, vocab, tower, *, image, begin, end, video=None, pad=0):
     """MediaSpec with the ids that `config` has.
 
     image, begin, end  ((key, other spelling, ...), the format's default)
-    video              the key, or None; a file without it takes no videos
+    video              the key, or None; a file without it takes no videos, nor does one whose id is no id of the
+                       vocabulary: transformers writes the released one into every file that does not say another
     Raises ConfigError for an id that is no id of the vocabulary, or that stands for two things.
     """
     ids = {}
@@ -97,7 +98,7 @@ def media(config, vocab, tower, *, image, begin, end, video=None, pad=0):
         for other in given[1:]:
             if config.int(other, least=0) != ids[what]:
                 raise config.error(other, f"{ids[what]}, as {key} says")
-    has_video = video is not None and video in config
+    has_video = video is not None and video in config and config.int(video, least=0) < vocab
     return MediaSpec(tower, video_token=_id(config, video, None, vocab, ids.values()) if has_video else None, pad=pad,
                      **ids)
 

@@ -177,6 +177,7 @@ class MediaSpec:
     image_token  id at the positions of a picture's soft tokens; video_token: of a video frame's, or None
     begin_image  id before each picture or frame; end_image: the one after it
     pad          id that is looked up at the positions of soft tokens
+    unread       ids whose own rows are never looked up, but pad's: those of media, where a model generates one
     """
 
     tower: Gemma4TowerSpec | SiglipSpec | BlockEmbedderSpec
@@ -185,3 +186,4 @@ class MediaSpec:
     begin_image: int
     end_image: int
     pad: int = 0
+    unread: tuple = ()

@@ -75,7 +75,7 @@ class EncoderCache:
     def stats(self):
         """Counters since the engine opened, and what is in the cache now, as a dict."""
         row_bytes = self.soft.nbytes // max(1, len(self.soft))
-        n_held = sum(bool(entry.holders) for entry in self._entries.values())
+        n_held = sum(bool(entry.holders) for entry in list(self._entries.values()))     # threads may step meanwhile
         return {**self._counts, "pictures": len(self._entries), "held_pictures": n_held,
                 "bytes": row_bytes * (len(self.soft) - len(self._free)), "capacity_bytes": self.soft.nbytes}
 

@@ -215,6 +215,14 @@ def test_an_image_block_sees_all_of_itself_beyond_the_window(lane, window):
         assert same_bits(attend(lane, case.only(0, at, end))[:end - at], whole[at:end])
 
 
+@pytest.mark.parametrize("n_new", [4, 100])
+def test_tiles_that_begin_in_an_image_block_see_it_from_its_beginning(lane, n_new):
+    """Positions 60 to 159 are one image, of which the last are wanted: 8 rows of the decode kernel, or two tiles. The
+    window of 8 begins in later key tiles than the image."""
+    last, first = np.full(n_new, 159), np.full(n_new, 60)
+    check(lane, Case.make([(n_new, 160)], 64, group=2, window=8, last_visible=last, first_visible=first))
+
+
 def test_softcap(lane):
     check(lane, Case.make([(1, 200), (6, 90)], 64, group=2, softcap=3.0))
 

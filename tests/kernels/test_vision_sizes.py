@@ -58,9 +58,11 @@ def test_scratch_holds_what_each_launch_of_a_tower_wants(name):
 
 
 def test_scratch_on_the_cpu_is_of_gate_and_up():
-    tower, blocks = (SPECS[name].media.tower for name in ("gemma-4-31b", "gemma-4-12b"))
-    assert reference.vision_scratch_size(tower, 5376, 2520) == (2520 * 2 * 4304, 0)
-    assert reference.vision_scratch_size(blocks, 3840, 1120) == (0, 0)
+    """And of nothing where no product is gated: with bounds gate and up are products of their own."""
+    names = ("gemma-4-31b", "gemma-4-e4b", "gemma-3-27b", "gemma-4-12b")
+    sizes = [reference.vision_scratch_size(SPECS[name].media.tower, 5376, 2520) for name in names]
+    assert SPECS["gemma-4-e4b"].media.tower.clipped
+    assert sizes == [(2520 * 2 * 4304, 0), (0, 0), (0, 0), (0, 0)]
 
 
 def test_with_cublas_gate_and_up_go_through_scratch():
