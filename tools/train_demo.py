@@ -1,9 +1,9 @@
 """Makes demo/: trains a tiny Gemma 4 on the stories of tools/demo_corpus.py and the pictures of tools/demo_pictures.py.
 
     pip install -e '.[train]'
-    python -m tools.train_demo [--out demo]
+    python -m tools.train_demo [--out demo] [--stages FOLDER]
 
-Runs on one CPU core, in about twenty minutes. Writes the checkpoint in the layout of the released Gemma 4 models, the
+Runs on one CPU core, in about forty minutes. Writes the checkpoint in the layout of the released Gemma 4 models, the
 prompts, the held-out documents, pictures, and metrics.json: what tests/test_demo.py holds the engine to.
 """
 
@@ -33,6 +33,10 @@ N_SEEN_FIRST = 3_600        # pictures that the tower alone sees before the firs
 TEACHER_WEIGHT = 0.3
 READ_AGAIN = 8              # of so many texts one is read again between the pictures, so that none is unlearnt
 READERS_RATE = 0.3          # of the learning rate, for what can read already
+PRACTICE_AGAIN, PRACTICE_RATE = 3, 0.5      # the same two while it practises; the rate is then for all
+RECALL_AGAIN, RECALL_RATE = 20, 0.2         # and while it recalls what it knew before the pictures,
+SHORT = 60                                  # with every text of at most so many tokens: questions of general knowledge
+N_PRACTICE = 6_000          # pictures it practises with; the rest of its practice it recalls with
 N_MEASURED = 512            # held-out pictures that metrics.json counts
 
 
@@ -111,7 +115,7 @@ def learn_to_read(reader, documents):
 def learn_to_see(model, documents, seen):
     """The tower alone first, then pictures and their questions, and one text in READ_AGAIN among them."""
     rng, teacher, soft = np.random.default_rng(SEED), models.Teacher(), []
-    model.model.embed_vision.register_forward_hook(lambda module, inputs, out: soft.append(out.flatten(0, -2)))
+    hook = model.model.embed_vision.register_forward_hook(lambda module, inputs, out: soft.append(out.flatten(0, -2)))
     again, lengths = documents[::READ_AGAIN], seen.lengths()
     rest = ([("read", batch) for batch in batches(list(map(len, again)), rng)]
             + [("look", batch) for batch in batches(lengths, rng, TOKENS_PER_LOOK)])
@@ -134,6 +138,22 @@ def learn_to_see(model, documents, seen):
                 loss = loss + TEACHER_WEIGHT * teacher(soft[0], batch)
         optimizer.step(loss)
         progress.add(kind, told.item())
+    hook.remove()
+
+
+def practise(model, documents, seen, share):
+    """Pictures, of which only the answers count, and texts among them, at a share of the learning rate."""
+    rng = np.random.default_rng(SEED)
+    steps = ([("read", batch) for batch in batches(list(map(len, documents)), rng)]
+             + [("look", batch) for batch in batches(seen.lengths(), rng, TOKENS_PER_LOOK)])
+    optimizer = Optimizer([(list(model.named_parameters()), share)], len(steps))
+    progress = Progress(len(steps))
+    for kind, numbers in (steps[i] for i in rng.permutation(len(steps))):
+        batch = [models.Example(documents[i]) if kind == "read" else seen.example(i) for i in numbers]
+        losses, words = models.token_losses(model, batch)
+        loss = losses[words if kind == "read" else models.answers(batch)].mean()
+        optimizer.step(loss)
+        progress.add(kind, loss.item())
 
 
 def weights(model):
@@ -142,16 +162,20 @@ def weights(model):
             if name != "lm_head.weight"}
 
 
-def read(file, documents):
-    """The weights of a reader of these documents: what `file` holds, or those of a new one, which are written there."""
-    if file and file.is_file():
-        return load_file(file)
+def stage(folder, name, new_model, learn, *materials):
+    """The model after a stage of its training, rounded to bfloat16: from a file of `folder` where it is there, else
+    learnt now, and written there where a folder is given."""
     torch.manual_seed(SEED)
-    reader = models.new_reader()
-    learn_to_read(reader, documents)
-    if file:
-        save_file(weights(reader), file)
-    return weights(reader)
+    model, file = new_model(), folder / f"{name}.safetensors" if folder else None
+    if file and file.is_file():
+        learnt = load_file(file)
+    else:
+        learn(model, *materials)
+        learnt = weights(model)
+        if file:
+            save_file(learnt, file)
+    model.load_state_dict(learnt, strict=False)         # the head is the embedding
+    return model
 
 
 # ---- measuring -----------------------------------------------------------------------------------------------------
@@ -185,36 +209,42 @@ def by_kind(seen, right):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "demo")
-    parser.add_argument("--reader", type=Path, metavar="FILE", help="the weights after the texts, before the pictures: "
-                        "read from here where the file is there, else written to it")
+    parser.add_argument("--stages", type=Path, metavar="FOLDER", help="keep the weights after each stage here, and "
+                        "go on from those that are there")
     args = parser.parse_args()
     checkpoint, shown = args.out / "checkpoint", args.out / "pictures"
-    for folder in (checkpoint, shown):
+    for folder in filter(None, (checkpoint, shown, args.stages)):
         folder.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)        # the order of every sum is then the same on any number of cores
     torch.use_deterministic_algorithms(True)
     logging.set_verbosity_error()
 
     texts, held_out_texts = corpus.training_documents(), corpus.held_out_documents()
-    scenes, held_out_scenes = pictures.training_scenes(), pictures.held_out_scenes(N_MEASURED)
+    scenes, more = pictures.training_scenes(), pictures.practice_scenes()
+    held_out_scenes = pictures.held_out_scenes(N_MEASURED)
+    practice_scenes, recall_scenes = more[:N_PRACTICE], more[N_PRACTICE:]
     tokenizer = files.train_tokenizer(texts)
-    reader = read(args.reader, [encoding.ids for encoding in tokenizer.encode_batch(texts)])
+    reader = stage(args.stages, "reading", models.new_reader, learn_to_read,
+                   [encoding.ids for encoding in tokenizer.encode_batch(texts)])
     tokenizer = files.with_pictures(tokenizer)
     files.write_tokenizer(tokenizer, checkpoint)
     files.write_configs(checkpoint)
     documents, held_out = ([encoding.ids for encoding in tokenizer.encode_batch(t)] for t in (texts, held_out_texts))
     processor = PictureProcessor.load(checkpoint, files.tower())
-    seen, held_out_seen = (models.Pictures(each, seed, tokenizer, processor)
-                           for each, seed in ((scenes, SEED), (held_out_scenes, SEED + 1)))
+    seen, held_out_seen, practice, recall = (
+        models.Pictures(each, SEED + i, tokenizer, processor)
+        for i, each in enumerate((scenes, held_out_scenes, practice_scenes, recall_scenes)))
     n_tokens = sum(len(document) - 1 for document in documents)
-    torch.manual_seed(SEED)
-    model = models.new_model(reader)
-    print(f"{len(documents)} documents, {n_tokens} tokens, longest {max(map(len, documents))}; {len(scenes)} pictures; "
-          f"{sum(p.numel() for p in model.parameters())} parameters", flush=True)
-    learn_to_see(model, documents, seen)
+    known = [document for document in documents[corpus.N_LESSONS:] if len(document) <= SHORT]
+    print(f"{len(documents)} documents, {n_tokens} tokens, longest {max(map(len, documents))}; {len(scenes)} and "
+          f"{len(more)} pictures; {len(known)} short texts", flush=True)
+    seer = stage(args.stages, "seeing", lambda: models.new_model(weights(reader)), learn_to_see, documents, seen)
+    practised = stage(args.stages, "practised", lambda: seer, practise, documents[1::PRACTICE_AGAIN], practice,
+                      PRACTICE_RATE)
+    model = stage(args.stages, "recalled", lambda: practised, practise, known + documents[2::RECALL_AGAIN], recall,
+                  RECALL_RATE)
     save_file(weights(model), checkpoint / "model.safetensors", metadata={"format": "pt"})
 
-    model.load_state_dict(load_file(checkpoint / "model.safetensors"), strict=False)     # measure what was written
     trigram = Trigram(documents, files.VOCAB)
     trained = documents[-len(held_out):]
     right = answers_right(model, held_out_seen)
@@ -225,7 +255,7 @@ def main():
         "held_out_perplexity": round(perplexity(model_log_probs(model, held_out)), 4),
         "training_perplexity": round(perplexity(model_log_probs(model, trained)), 4),
         "held_out_perplexity_trigram": round(perplexity([trigram.log_probs(document) for document in held_out]), 4),
-        "training_pictures": len(scenes), "held_out_pictures": len(right),
+        "training_pictures": len(scenes) + len(more), "held_out_pictures": len(right),
         "held_out_pictures_right": round(float(np.mean(right)), 4),
         "held_out_pictures_right_by_question": by_kind(held_out_seen, right),
     }
