@@ -217,8 +217,7 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS_M * WARPS_N, MIN_BLOCKS)
         const int* const item = work + i / n_kv_heads * ITEM;
         const int sequence = item[0], first_row = item[1], kv_head = i % n_kv_heads;
         const int begin = cu_seqlens[sequence], n_new = cu_seqlens[sequence + 1] - begin;
-        const PagedSequence keys = {page_table, first_visible ? first_visible + begin : nullptr,
-                                    last_visible ? last_visible + begin : nullptr, page_begin[sequence], page_size, n_new,
+        const PagedSequence keys = {page_table, first_visible, last_visible, begin, page_begin[sequence], page_size, n_new,
                                     context_lens[sequence], window, chunk};
         const int n_rows = min(n_new * group - first_row, ROWS);    // the block's
         __syncthreads();                            // nobody reads the last item's any more
