@@ -10,6 +10,7 @@ demo: $(VENV)/.demo
 	$(BIN)/python -m engine chat demo/checkpoint --image demo/pictures/place.png --temperature 0 \
 	    --message "Where is the triangle?"
 	$(BIN)/python -m engine chat demo/checkpoint --image demo/pictures/all.png --temperature 0 --message "What do you see?"
+	$(BIN)/python -m tools.demo_drafts
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest

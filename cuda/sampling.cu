@@ -20,40 +20,7 @@
 //   counters  n_rows times {u64 best or sum; int blocks that ended; int tokens listed}, zero before and after an op
 //   built with -DTHREADS=... -DN_BINS=1409  (THREADS a multiple of 32)
 //   dynamic shared memory: BINS_BYTES in count_weights, 8192 more in draw; 4 * N_BINS, 8192 in the last two
-#include "candidates.cuh"
-
-constexpr i64 TOP_P_ALL = 1ll << 32;
-constexpr int BINS_BYTES = 12 * (N_BINS + 1);
-
-// ceil(mass * top_p / 2^32), in halves; top_p < 2^32
-__device__ __forceinline__ u64 share_of(u64 mass, i64 top_p) {
-    return (mass >> 32) * (u64)top_p + (((mass & 0xFFFFFFFFu) * (u64)top_p + 0xFFFFFFFFu) >> 32);
-}
-
-// The filters of a row, each made harmless where it keeps all.
-struct Filters {
-    u64 top_k;
-    i64 top_p;
-    __device__ Filters(const int* top_k, const i64* top_p, int row, int vocab)
-        : top_k(0 < top_k[row] && top_k[row] < vocab ? (u64)top_k[row] : ~0ull), top_p(top_p[row]) {}
-    __device__ bool keep_all() const { return top_k == ~0ull && top_p == TOP_P_ALL; }
-};
-
-// A row's bins in shared memory.
-struct Bins {
-    u64* mass;
-    u32* count;
-    __device__ Bins(const Place& place, unsigned char* smem) : mass((u64*)smem), count((u32*)(mass + N_BINS)) {
-        for (int i = threadIdx.x; i < N_BINS; i += THREADS) {
-            mass[i] = place.mass[i];
-            count[i] = place.count[i];
-        }
-        __syncthreads();
-    }
-    __device__ __forceinline__ Found find(u64 target, bool by_mass) const {
-        return descend<N_BINS>(N_BINS, [&](int i) { return Bin{count[i], mass[i]}; }, target, by_mass);
-    }
-};
+#include "filters.cuh"
 
 // l + bias; if seen, l / r where l > 0, else l * r; - frequency * n; - presence where n > 0; if banned, -inf
 //
@@ -91,12 +58,12 @@ largest_logit(const float* logits, OUT int* out, void* scratch, int* counters, i
     }
     u64 best = 0;
     each_token(logits, vocab, begin, min(vocab, begin + chunk), [&](int token, float logit) {
-        best = max(best, (u64)order_of(logit, 0xFFFFFFFFu) << 32 | ~(u32)token);
+        best = max(best, leader(logit, token));
     });
     best = block_max(best);
     if (threadIdx.x == 0) atomicMax(place.best, best);
     if (!ends_last(place) || threadIdx.x != 0) return;
-    const int token = (int)~(u32)atomicExch(place.best, 0ull);
+    const int token = winner(atomicExch(place.best, 0ull));
     if (out) out[blockIdx.y] = token;
     *place.row = {logits[token], 0.f, 0, 0, -1, 0};
 }
@@ -152,40 +119,6 @@ count_weights(const float* logits, const bool* is_greedy, const float* inverse_t
     }
 }
 
-// A race of exponentials: of the tokens that the filters keep, the least E_token / weight wins, the lowest id on ties.
-// Times are positive, so their bits order them; what is compared is the complement of (time, id), 0 being none.
-__device__ __forceinline__ u64 runner(u32 word, int rank, int token) {
-    const float time = div_f32(exponential(word), weight_of(rank));
-    return ~((u64)(u32)bits_of(time) << 32 | (u32)token);
-}
-
-// The least candidate that the filters of a row keep. Of candidates, all that are in bins with a cut must be there.
-__device__ __forceinline__ u64 least_kept(const Place& place, const Candidates<WeightRank>& candidates,
-                                          const Filters& filters, unsigned char* smem) {
-    constexpr int BIN_BITS = BIN_SHIFT + ID_BITS;
-    const Bins bins(place, smem);
-    unsigned char* const digits = smem + BINS_BYTES;
-    const Found kth = bins.find(filters.top_k, false);
-    u64 least = 0, mass = kth.total_mass;
-    if (kth.bin >= 0) {
-        const u64 rest = filters.top_k - kth.above_count;
-        const Selected of_bin = select<true>(candidates, kth.bin, BIN_BITS, ID_BITS, rest, false, digits);
-        least = of_bin.least << ID_BITS;
-        mass = kth.above_mass + of_bin.above_mass + of_bin.mass;
-    }
-    if (filters.top_p == TOP_P_ALL) return least;
-
-    const u64 target = share_of(mass, filters.top_p);
-    const Found cut = bins.find(target, true);
-    const Selected of_bin = select<true>(candidates, cut.bin, BIN_BITS, ID_BITS, target - cut.above_mass, true, digits);
-    least = of_bin.least << ID_BITS;
-    // equal weights: the lowest ids first, as many as it takes
-    const u64 weight = of_bin.mass / of_bin.count, rest = target - cut.above_mass - of_bin.above_mass;
-    const u64 n = (rest + weight - 1) / weight;
-    if (n < of_bin.count) least = select<false>(candidates, of_bin.least, ID_BITS, 0, n, false, digits).least;
-    return least;
-}
-
 // out = a draw from the filtered distribution, in rows that are not greedy and whose maximum is finite; other rows keep
 // the argmax that is there.
 //
@@ -206,28 +139,12 @@ draw(const float* logits, const bool* is_greedy, const float* inverse_temperatur
     const int least_rank = rank_at_least(least_weight[row]);
     const u64 key = seed[row], at = (u64)position[row];
     u64 best = 0;
-    each_quad(logits, vocab, begin, min(vocab, begin + chunk), [&](int i, const float (&logit)[4], int n) {
-        int rank[4];
-        bool any = false;
-        #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            rank[j] = j < n ? (int)rank_of(logit[j]) : -1;
-            const int bin = rank[j] >> BIN_SHIFT;               // -1 where dropped
-            if (bin >= plan.sure_from) {
-                if (rank[j] < least_rank) rank[j] = -1;
-                any |= rank[j] >= 0;
-                continue;
-            }
-            if (rank[j] >= 0 && plan.is_listed && (bin >= plan.listed_from || bin == plan.kth))
-                place.list[atomicAdd(place.n_listed, 1)] = candidate_of(rank[j], i + j);
-            rank[j] = -1;
-        }
-        if (!any) return;
-        const RandomWords words = philox4x32({{(u32)i / 4, (u32)at, (u32)(at >> 32), (u32)domain}}, (u32)key,
-                                             (u32)(key >> 32));
+    each_sure(logits, vocab, begin, min(vocab, begin + chunk), place, plan, rank_of, least_rank,
+              [&](int i, const int (&rank)[4]) {
+        const RandomWords words = quad_words(i, key, at, domain);
         #pragma unroll
         for (int j = 0; j < 4; ++j)
-            if (rank[j] >= 0) best = max(best, runner(words.word[j], rank[j], i + j));
+            if (rank[j] >= 0) best = max(best, runner(words.word[j], weight_of(rank[j]), i + j));
     });
     best = block_max(best);
     if (threadIdx.x == 0 && best) atomicMax(place.best, best);
@@ -235,19 +152,18 @@ draw(const float* logits, const bool* is_greedy, const float* inverse_temperatur
 
     best = 0;
     if (plan.sure_from > 0) {
-        const int n_listed = plan.is_listed ? *place.n_listed : -1;
-        const Candidates<WeightRank> candidates{place.list, n_listed, logits, vocab, rank_of};
+        const Candidates<WeightRank> candidates = listed(place, plan, logits, vocab, rank_of);
         const Filters filters(top_k, top_p, row, vocab);
         const u64 least = max(least_kept(place, candidates, filters, smem), (u64)least_rank << ID_BITS);
         candidates.each([&](u64 candidate) {
             const int token = token_of(candidate);
             if (candidate >= least)
-                best = max(best, runner(token_word(token, key, at, domain), (int)(candidate >> ID_BITS), token));
+                best = max(best, runner(token_word(token, key, at, domain), weight_of(rank_at(candidate)), token));
         });
         best = block_max(best);
     }
     if (threadIdx.x == 0) {
-        out[row] = (int)~(u32)max(best, *place.best);
+        out[row] = winner(max(best, *place.best));
         *place.best = 0;
         *place.n_listed = 0;
     }

@@ -1,4 +1,4 @@
-"""Batch: what one step computes, flat over its new tokens: ids, positions, slots, and where the keys are."""
+"""Batch: what one step computes, flat over its new tokens and drafts: ids, positions, slots, and where the keys are."""
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -7,6 +7,7 @@ from itertools import accumulate, chain, pairwise
 import numpy as np
 
 from engine.sampler import LogitEdits, SamplingBatch
+from engine.slots import Slots
 
 
 @dataclass
@@ -81,7 +82,7 @@ class PagedBatch:
 
 @dataclass
 class Batch:
-    """One step, flat over the new tokens of its sequences.
+    """One step, flat over the new tokens of its sequences; a sequence's drafts are the last of its new tokens.
 
     token_ids, positions  [n_tokens] int32; the id at a soft token is the one that is looked up there
     pools                 one PagedBatch per KV pool
@@ -89,7 +90,10 @@ class Batch:
                           rows are there for their k and v, and are dropped once those are in the cache
     spans                 [(sequence, first kept row, end, context length)]: whose the kept rows are, the last so many
                           new tokens of each sequence
-    to_take, to_sample    [(sequence, kept row)]: where the logits of a prompt position, or a next token, are wanted
+    to_take, to_sample    [(sequence, kept row)]: where the logits of a prompt position, or a next token, are wanted.
+                          With K drafts K + 1 rows of to_sample are a sequence's, its slots: each decides the token
+                          behind its own as if the drafts before it held
+    decided               [(sequence, its first slot, n drafts)]: whose the rows of to_sample are
     take_next             [n_take] int32: the token after each position of to_take, or 0
     edits, sampling       LogitEdits and SamplingBatch of the rows of to_sample
     per_layer_rows        [n_tokens, n_layers * per_layer_input]: the tokens' rows of the second embedding table, where
@@ -97,6 +101,8 @@ class Batch:
     media                 [(sequence, picture, first, end)]: soft tokens first..end of the picture are in the step
     media_rows            [n_media] int32: the rows of those soft tokens, in the order of `media`; None without any
     media_source          [n_media] int32: their rows in the encoder's cache, known once all pictures are in there
+    slots                 Slots, where there are drafts to judge or to make
+    n_wanted              tokens to draft behind what is decided, of each of `decided`; () without a draft model
     """
 
     token_ids: np.ndarray
@@ -113,26 +119,33 @@ class Batch:
     media: list = field(default_factory=list)
     media_rows: np.ndarray | None = None
     media_source: np.ndarray | None = None
+    decided: list = field(default_factory=list)
+    slots: Slots | None = None
+    n_wanted: tuple = ()
 
     @classmethod
-    def build(cls, work, kv_cache, pad=0, unread=()):
-        """The arrays for `work`, [(sequence, n new tokens)] with pages reserved, in that order. Plain lists first: most
-        steps are a few tokens.
+    def build(cls, work, kv_cache, pad=0, unread=(), wanted=None):
+        """The arrays for `work`, [(sequence, n new tokens)] with pages reserved, in that order, and for the sequences'
+        drafts. Plain lists first: most steps are a few tokens.
 
         pad     the id that is looked up at soft tokens
         unread  ids for which pad is looked up wherever they stand
+        wanted  wanted(sequence) says how many tokens to draft next; None without a draft model
         """
         size = kv_cache.page_size
         keep_all = any(sequence.task.hidden is not None for sequence, _ in work)
         token_ids, positions, rows, kept, spans, media = [], [], [], [], [], []
         for sequence, n in work:
-            begin, end = sequence.n_cached, sequence.n_cached + n
+            assert not sequence.drafts or n == sequence.n_left, "drafts behind tokens that are not computed"
+            begin, known, n_drafts = sequence.n_cached, sequence.n_cached + n, len(sequence.drafts)
+            end = known + n_drafts
             media += ((len(token_ids) - begin, sequence, run, max(begin, run.begin), min(end, run.end))
                       for run in sequence.media if run.begin < end and begin < run.end)
-            rows.append((len(token_ids), len(token_ids) + n, end))
-            token_ids += sequence.tokens[begin:end]
+            rows.append((len(token_ids), len(token_ids) + end - begin, end))
+            token_ids += sequence.tokens[begin:known]
+            token_ids += sequence.drafts
             positions += range(begin, end)
-            n_kept = n if keep_all else min(n, max(0, end - sequence.next_logit))
+            n_kept = n_drafts + (n if keep_all else min(n, max(0, known - sequence.next_logit)))
             spans.append((sequence, len(kept), len(kept) + n_kept, end))
             kept += range(len(token_ids) - n_kept, len(token_ids))
         token_ids, positions = np.array(token_ids, np.int32), np.array(positions, np.int32)
@@ -151,19 +164,30 @@ class Batch:
             pools.append(PagedBatch(lists, np.array(slots, np.int32), rows, size,
                                     last_visible if spec.sees_blocks else None,
                                     first_visible if spec.sees_whole_blocks else None))
-        to_take, following, to_sample = [], [], []
-        for sequence, _, end, context in spans:                 # the state of position p is row end - (context - p)
-            samples = sequence.task.samples and context == len(sequence.tokens)
+        to_take, following, to_sample, decided, numbers = [], [], [], [], []
+        for i, (sequence, _, end, context) in enumerate(spans):     # the state of position p is row end - (context - p)
+            n_drafts = len(sequence.drafts)
+            known = context - n_drafts
+            samples = sequence.task.samples and known == len(sequence.tokens)
             if samples:
-                to_sample.append((sequence, end - 1))
-            wanted = range(sequence.next_logit, context - samples)
-            to_take += ((sequence, end - (context - p)) for p in wanted)
-            following += (sequence.tokens[p + 1] if p + 1 < len(sequence.tokens) else 0 for p in wanted)
-        tasks = [sequence.task for sequence, _ in to_sample]
+                numbers.append(i)
+                decided.append((sequence, len(to_sample), n_drafts))
+                to_sample += ((sequence, row) for row in range(end - n_drafts - 1, end))
+            to_come = range(sequence.next_logit, known - samples)
+            to_take += ((sequence, end - (context - p)) for p in to_come)
+            following += (sequence.tokens[p + 1] if p + 1 < len(sequence.tokens) else 0 for p in to_come)
+        edits = LogitEdits.build(sequence.task.edits(sequence.drafts[:j]) for sequence, _, n in decided
+                                 for j in range(n + 1))
+        sampling = SamplingBatch.build(sequence.task.rule(j) for sequence, _, n in decided for j in range(n + 1))
+        slots = None
+        n_wanted = tuple(wanted(sequence) for sequence, _, _ in decided) if wanted else ()
+        if any(n_wanted) or len(to_sample) > len(decided):
+            paged = {p: PagedBatch([pool.lists[i] for i in numbers], None, [], size) for p, pool in enumerate(pools)}
+            slots = Slots.build(decided, numbers, sampling, paged)
         return cls(token_ids, positions, tuple(pools),
                    None if len(kept) == len(token_ids) else np.array(kept, np.int32), spans, to_take,
-                   np.array(following, np.int32), to_sample, LogitEdits.build(task.edits() for task in tasks),
-                   SamplingBatch.build(task.rule() for task in tasks), media=media, media_rows=media_rows)
+                   np.array(following, np.int32), to_sample, edits, sampling, media=media, media_rows=media_rows,
+                   decided=decided, slots=slots, n_wanted=n_wanted)
 
     @property
     def n_tokens(self):
@@ -190,10 +214,20 @@ class Batch:
         return np.array([row for _, row in self.to_sample], np.int32)
 
     @property
+    def n_drafts(self):
+        """The most drafts that a sequence has, or wants next."""
+        return max(self.n_rounds, 0 if self.slots is None else self.slots.most_drafts)
+
+    @property
+    def n_rounds(self):
+        """How many tokens to draft for all sequences: what the one that wants most wants."""
+        return max(self.n_wanted, default=0)
+
+    @property
     def is_decode(self):
-        """Whether every row is one new token of text whose successor is to be sampled, and nothing else is wanted."""
+        """Whether every row is a token of text, or a draft, whose successor is decided, and nothing else is wanted."""
         return len(self.to_sample) == self.n_tokens and not self.to_take and not self.media and all(
-            sequence.task.hidden is None for sequence, _ in self.to_sample)
+            sequence.task.hidden is None for sequence, _, _ in self.decided)
 
 
 def _soft_tokens(runs, token_ids, positions, pad):

@@ -6,11 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
+from engine.draft_checkpoint import describe_draft, draft_path
 from engine.errors import RawgemError
 from engine.llm import LLM, plan
 from engine.models import describe
 from engine.models.presets import PRESETS
-from engine.tensors import account, without_missing_media
+from engine.tensors import account, account_assistant, without_missing_media
 from loaders.config import Config
 from loaders.hub import resolve
 from loaders.safetensors import Checkpoint
@@ -18,7 +19,8 @@ from loaders.safetensors import Checkpoint
 SAMPLING = {"max_tokens": int, "temperature": float, "top_k": int, "top_p": float, "min_p": float, "seed": int,
             "repetition_penalty": float, "presence_penalty": float, "frequency_penalty": float, "min_tokens": int}
 ENGINE = {"device": str, "dtype": str, "max_seq_len": int, "max_seqs": int, "max_batch_tokens": int, "page_size": int,
-          "kv_cache_bytes": int, "memory_fraction": float, "ple": str}
+          "kv_cache_bytes": int, "memory_fraction": float, "ple": str, "draft": str, "draft_sampling": str,
+          "n_draft_tokens": lambda text: int(text) if text.isdecimal() else text}
 MEDIA = {"image_tokens": int, "video_tokens": int}
 
 
@@ -69,7 +71,8 @@ def _parser():
     media(sub, "that the first message is about")
     sub.add_argument("--message", help="answer this one message and leave")
     sub.add_argument("--system", help="a system message")
-    command("inspect", _inspect, "List a checkpoint's tensors and what the engine makes of each.")
+    command("inspect", _inspect, "List a checkpoint's tensors and what the engine makes of each; with --draft those "
+            "of a draft model for it.", {"draft": str})
     sub = command("plan", _plan, "What fits in memory, from config.json alone.", ENGINE,
                   model="checkpoint directory, a Hugging Face repo id, or one of " + ", ".join(PRESETS))
     sub.add_argument("--memory-bytes", type=float, help="memory to plan with, e.g. 141e9")
@@ -141,17 +144,31 @@ def _ask():
 
 def _inspect(args):
     path = resolve(args.model)
-    with Checkpoint.open(path) as checkpoint:
-        tensors = checkpoint.tensors
-    for tensor in tensors.values():
-        print(f"{tensor.dtype:<8} {list(tensor.shape)!s:<20} {tensor.name}")
-    described = describe(Config.load(path))
-    spec = without_missing_media(described, tensors)
-    accounts = account(spec, tensors)
+    if draft := getattr(args, "draft", None):
+        target, path = describe(Config.load(path)), draft_path(draft)
+        checkpoint, spec = _listed(path), describe_draft(path, target)
+        print(f"draft: {len(spec.layers)} layers, hidden {spec.hidden}, reading layers "
+              f"{', '.join(map(str, spec.reads))} of the target")
+        return _judged(checkpoint, account_assistant(spec, checkpoint.tensors))
+    checkpoint, described = _listed(path), describe(Config.load(path))
+    spec = without_missing_media(described, checkpoint.tensors)
     print(f"{spec.architecture}: {len(spec.layers)} layers, hidden {spec.hidden}, vocabulary {spec.vocab}")
     if described.media:
         print(f"vision: {spec.media.tower}" if spec.media else "vision: none, the checkpoint has no vision tensors")
-    print(f"{len(tensors)} tensors, {checkpoint.n_bytes} bytes; {len(accounts.unused)} not read")
+    return _judged(checkpoint, account(spec, checkpoint.tensors))
+
+
+def _listed(path):
+    """The Checkpoint of a directory, closed; prints its tensors."""
+    with Checkpoint.open(path) as checkpoint:
+        for tensor in checkpoint.tensors.values():
+            print(f"{tensor.dtype:<8} {list(tensor.shape)!s:<20} {tensor.name}")
+    return checkpoint
+
+
+def _judged(checkpoint, accounts):
+    """Prints what is wrong with a Checkpoint by its Account; returns the exit status."""
+    print(f"{len(checkpoint.tensors)} tensors, {checkpoint.n_bytes} bytes; {len(accounts.unused)} not read")
     for problem in accounts.problems:
         print(f"problem: {problem}")
     return 1 if accounts.problems else 0

@@ -5,6 +5,8 @@
 """
 
 from engine.floor import (
+    break_even,
+    draft_step,
     experts,
     floor,
     floor_parts,
@@ -14,6 +16,7 @@ from engine.floor import (
     visible,
 )
 from engine.op_cost import (
+    accept_drafts,
     add_bias,
     add_norm,
     add_norms,
@@ -21,6 +24,8 @@ from engine.op_cost import (
     apply_edits,
     attention,
     attention_temperature,
+    candidate_argmax,
+    candidate_logits,
     clamp,
     embed,
     gate_per_layer,
@@ -33,31 +38,37 @@ from engine.op_cost import (
     moe_gated_linear,
     moe_linear,
     moe_route,
+    pick_centroids,
     place_rows,
     pool_rows,
     qk_norm_rope_cache,
+    relax_drafts,
     rms_norm,
     rope_angles,
     router_norm,
     sample,
+    sample_drafts,
+    sample_with_drafts,
     scale_rows,
     select_rows,
     top_logprobs,
 )
 from engine.roofline import Ceilings, Cost
 
-__all__ = ["OPS", "Ceilings", "Cost", "add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention",
-           "attention_temperature", "clamp", "embed", "experts", "floor", "floor_parts", "gate_per_layer",
-           "gated_linear", "launch_share", "layer_norm", "linear", "logit_softcap", "mix_per_layer", "moe_combine",
-           "moe_gated_linear", "moe_linear", "moe_route", "n_matrix_weights", "of", "place_rows", "pool_rows",
-           "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample", "scale_rows", "select_rows",
-           "speculation_ceiling", "top_logprobs", "visible"]
+__all__ = ["OPS", "Ceilings", "Cost", "accept_drafts", "add_bias", "add_norm", "add_norms", "add_rows", "apply_edits",
+           "attention", "attention_temperature", "break_even", "candidate_argmax", "candidate_logits", "clamp",
+           "draft_step", "embed", "experts", "floor", "floor_parts", "gate_per_layer", "gated_linear", "launch_share",
+           "layer_norm", "linear", "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear", "moe_linear",
+           "moe_route", "n_matrix_weights", "of", "pick_centroids", "place_rows", "pool_rows", "qk_norm_rope_cache",
+           "relax_drafts", "rms_norm", "rope_angles", "router_norm", "sample", "sample_drafts", "sample_with_drafts",
+           "scale_rows", "select_rows", "speculation_ceiling", "top_logprobs", "visible"]
 
-OPS = {op.__name__: op for op in (add_bias, add_norm, add_norms, add_rows, apply_edits, attention,
-                                  attention_temperature, clamp, embed, gate_per_layer, gated_linear, layer_norm, linear,
-                                  logit_softcap, mix_per_layer, moe_combine, moe_gated_linear, moe_linear, moe_route,
-                                  place_rows, pool_rows, qk_norm_rope_cache, rms_norm, rope_angles, router_norm, sample,
-                                  scale_rows, select_rows, top_logprobs)}
+OPS = {op.__name__: op for op in (accept_drafts, add_bias, add_norm, add_norms, add_rows, apply_edits, attention,
+                                  attention_temperature, candidate_argmax, candidate_logits, clamp, embed,
+                                  gate_per_layer, gated_linear, layer_norm, linear, logit_softcap, mix_per_layer,
+                                  moe_combine, moe_gated_linear, moe_linear, moe_route, pick_centroids, place_rows,
+                                  pool_rows, qk_norm_rope_cache, relax_drafts, rms_norm, rope_angles, router_norm,
+                                  sample, sample_drafts, sample_with_drafts, scale_rows, select_rows, top_logprobs)}
 
 
 def of(op_name, args, kwargs=None):

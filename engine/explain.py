@@ -43,7 +43,7 @@ def explain(llm):
     elif config.gemm != "own" or config.graphs is True:
         lines.append("gemm and graphs: choices of the cuda lane, no effect here")
     lines.append(f"prefix caching: {'asked for, not built yet: no effect' if config.prefix_caching else 'off'}")
-    lines.append("draft: none")
+    lines += _draft(llm)
     if llm.weights.unused:
         lines.append(f"tensors in the file that a text run does not read: {len(llm.weights.unused)} "
                      f"({', '.join(llm.weights.unused[:3])}{', ...' if len(llm.weights.unused) > 3 else ''})")
@@ -78,6 +78,31 @@ def _vision(llm):
                                if llm.spec.has_blocks else "seen causally, and split between steps as text is")
     yield (f"  encoder cache: {counts['pictures']} pictures in {counts['bytes']} of {counts['capacity_bytes']} bytes; "
            f"{counts['hits']} hits of {counts['lookups']} lookups")
+
+
+def _draft(llm):
+    """The draft model, what it reads, by which rules its tokens are taken, and how many were."""
+    assistant, config = llm._core.draft, llm.config
+    if assistant is None:
+        yield "draft: none"
+        return
+    spec = assistant.spec
+    yield (f"draft: {len(spec.layers)} layers, hidden {spec.hidden}; a step drafts for a sequence "
+           + (f"up to {config.most_drafts} tokens, as many as its acceptance and the number of sequences pay for"
+              if config.n_draft_tokens == "auto" else f"{config.most_drafts} tokens"))
+    for layer, group in groupby(spec.layers):
+        n = len(list(group))
+        yield f"  {n} layer{'s' * (n > 1)}: {_attention(layer)} of the target; {_mlp(layer)}"
+    yield "  head: " + (f"the tokens of {spec.centroids_per_token} of {spec.n_centroids} centroids" if spec.n_centroids
+                        else "all tokens")
+    yield "  draft_sampling: " + ("the likeliest tokens are drafted; a text is the same as without a draft"
+                                  if config.draft_sampling == "argmax" else "tokens are drawn and kept by the ratio of "
+                                  "probabilities; sampled text has the same distribution as without a draft"
+                                  ) + (", but for what cuBLAS rounds otherwise" if config.gemm == "cublas" else "")
+    if rule := config.relaxed_acceptance:
+        yield (f"  relaxed_acceptance: LOSSY. While the model thinks, sampled text takes a drafted token that is among "
+               f"the {rule.top_k} likeliest and at most {rule.delta:g} less probable than the likeliest")
+    yield from llm._core.control.health.lines()
 
 
 def _mlp(layer):

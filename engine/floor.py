@@ -54,6 +54,20 @@ def floor_parts(spec, rows, weight_bytes=2, kv_bytes=2, latent=False):
     return parts
 
 
+def draft_step(spec, n_seqs, context, weight_bytes=2, kv_bytes=2):
+    """The least that drafting one token each costs for n_seqs sequences of `context` positions in the cache, as
+    floor_parts() counts. spec: an AssistantSpec."""
+    n_linear = _n_linear(spec) + sum(rows * n_in for rows, n_in in spec.projections) + spec.hidden * spec.backbone
+    chosen = spec.centroids_per_token / spec.n_centroids if spec.n_centroids else 1
+    n_head = spec.vocab * chosen * spec.hidden      # rows of its head that a sequence's logits take
+    n_read = spec.hidden * spec.vocab * (1 - (1 - chosen) ** n_seqs)
+    least = Cost(weight_bytes * (n_linear + n_read + n_seqs * spec.backbone), flops=2 * n_seqs * (n_linear + n_head))
+    for a in (layer.attention for layer in spec.layers):
+        n_keys, n_pairs = visible(1, context, a.window, a.chunk)
+        least += Cost(n_seqs * n_keys * 2 * a.kv_width * kv_bytes, flops=4 * n_seqs * n_pairs * a.q_width)
+    return least
+
+
 @lru_cache(maxsize=4096)
 def visible(n_query, context, window=None, chunk=None):
     """(positions that the last n_query tokens of `context` see between them, pairs of a token and one it sees)."""
@@ -106,3 +120,18 @@ def speculation_ceiling(acceptance, step_s, verify_s, draft_s):
     step_s      of a step of one token; verify_s: of the step that checks all drafted tokens; draft_s: of drafting one
     """
     return (1 + sum(acceptance)) * step_s / (verify_s + len(acceptance) * draft_s)
+
+
+def break_even(n_drafts, slowdown):
+    """The chance that a drafted token holds where those before it do, 0..1, at which drafting n_drafts of them gains
+    nothing; None where it loses even if all hold.
+
+    slowdown  how many times as long as a step of one token the step takes that checks and drafts so many
+    """
+    if slowdown > n_drafts + 1:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(50):                                 # halves
+        middle = (low + high) / 2
+        low, high = (middle, high) if sum(middle ** i for i in range(n_drafts + 1)) < slowdown else (low, middle)
+    return high

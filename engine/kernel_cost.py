@@ -141,12 +141,52 @@ def largest_logit_cost(n_rows, vocab, has_out=True):
 
 
 def count_weights_cost(vocab, n_bins):
-    """Of one row, as the next three."""
+    """Of one row, as all below it that take logits."""
     return Cost(4 * vocab, 12 * (N_BINS + n_bins) + 45)
 
 
 def draw_cost(vocab, n_listed):
     return Cost(4 * vocab, 12 * N_BINS + 16 * n_listed + 97)
+
+
+def find_kept_cost(vocab, n_listed):
+    return Cost(4 * vocab, 12 * N_BINS + 16 * n_listed + 93)
+
+
+def draw_draft_cost(vocab):
+    return Cost(8 * vocab, 65)
+
+
+def draw_with_draft_cost(vocab, n_read):
+    """n_read: of the draft's probabilities."""
+    return Cost(4 * (vocab + n_read), 69)
+
+
+def relax_drafts_cost(vocab):
+    return Cost(4 * vocab, 61)
+
+
+def accept_drafts_cost(n_tokens, n_drafts, n_seqs):
+    """n_tokens, n_drafts: that are compared."""
+    return Cost(4 * (n_tokens + n_drafts) + 32 * n_seqs + 4)
+
+
+def pick_centroids_cost(n_rows, n_centroids, n_chosen):
+    return Cost(4 * n_rows * (n_centroids + n_chosen))
+
+
+def candidate_argmax_cost(n_rows, n_chosen, n_distinct, hidden, itemsize=2):
+    """n_distinct: candidates of all rows, each once."""
+    return Cost(n_rows * (itemsize * hidden + 4 * n_chosen + 4) + n_distinct * (itemsize * hidden + 4), 24 * n_rows)
+
+
+def no_logits_cost(n):
+    return Cost(4 * n)
+
+
+def candidate_logits_cost(n_rows, n_chosen, n_distinct, n_logits, hidden, itemsize=2):
+    """n_logits: candidates of each row, summed over rows."""
+    return Cost(n_rows * (itemsize * hidden + 4 * n_chosen) + n_distinct * (itemsize * hidden + 4) + 4 * n_logits)
 
 
 def sum_weights_cost(vocab, n_bins):

@@ -195,8 +195,13 @@ class KVCache:
                    for spec, allocator in zip(self.specs, self.allocators, strict=True))
 
     def trim(self, sequence):
-        """Takes back the pages that lie wholly before the sequence's window or chunk."""
+        """Takes back the pages that lie wholly before the sequence's window or chunk, and those wholly behind what is
+        cached: rejected drafts lie there."""
+        n_logical = -(-sequence.n_cached // self.page_size)
         for spec, held, allocator in zip(self.specs, sequence.page_lists, self.allocators, strict=True):
+            if (end := max(0, n_logical - held.first)) < len(held.pages):
+                allocator.free(held.pages[end:])
+                del held.pages[end:]
             n_stale = min(spec.first_live(sequence.n_cached) // self.page_size - held.first, len(held.pages))
             if n_stale > 0:
                 allocator.free(held.pages[:n_stale])

@@ -13,7 +13,8 @@ class LayerScheduler:
 
     drops_at  the layer from which on only the rows are computed whose final states somebody wants: spec.drops_at, or
               any layer behind it
-    soft      [n_rows, hidden], where the soft tokens of pictures lie; None for a model of text
+    embed_scale  multiplies embedding rows, in the lane's dtype
+    soft         [n_rows, hidden], where the soft tokens of pictures lie; None for a model of text
     """
 
     def __init__(self, spec, weights, kv_cache, workspace, lane, soft=None):
@@ -21,7 +22,7 @@ class LayerScheduler:
         self.soft = soft
         self.spec, self.weights, self.kv_cache, self.workspace = spec, weights, kv_cache, workspace
         self.drops_at = spec.drops_at
-        self._embed_scale = float(lane.dtype.type(spec.embed_scale))
+        self.embed_scale = float(lane.dtype.type(spec.embed_scale))
         self._positions = Positions(spec, workspace, lane)
         self._attention = AttentionBlock(spec, weights.norm_offset, workspace, lane.ops)
         self._norms = Norms(spec, weights.norm_offset, lane.ops)
@@ -44,7 +45,7 @@ class LayerScheduler:
         spec, weights, norms, kept, rows = self.spec, self.weights, self._norms, batch.kept, self.workspace.rows
         residual, normed, branch = (rows(name, batch.n_tokens, spec.hidden)
                                     for name in ("residual", "normed", "branch"))
-        self.ops.embed(weights.embed, batch.token_ids, self._embed_scale, residual)
+        self.ops.embed(weights.embed, batch.token_ids, self.embed_scale, residual)
         if batch.media_rows is not None:
             self.ops.place_rows(self.soft, batch.media_source, batch.media_rows, residual)
         self._positions.compute(batch.positions)

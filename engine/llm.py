@@ -1,6 +1,6 @@
 """LLM: the public interface. Opens a checkpoint, turns prompts into sequences, and runs the loop until they end."""
 
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -10,6 +10,7 @@ from engine.backend import lane_of, open_lane
 from engine.checks import is_int, is_number
 from engine.config import EngineConfig
 from engine.core import Core
+from engine.draft_checkpoint import describe_draft, draft_path
 from engine.errors import ConfigError, ParamsError, PromptError, RawgemError
 from engine.explain import explain
 from engine.media_prompts import MediaPrompts
@@ -22,6 +23,7 @@ from engine.sampler import MAX_VOCAB
 from engine.sampling_params import SamplingParams
 from engine.tasks import Generation, Probe
 from engine.tensors import without_missing_media
+from engine.thinking import CLOSE, OPEN, ThinkingMarks
 from engine.vision.picture import PictureProcessor
 from loaders.chat_template import ChatTemplate
 from loaders.config import Config
@@ -37,7 +39,15 @@ class LLM:
     model             checkpoint directory, or a Hugging Face repo id (downloaded; HF_HUB_OFFLINE is respected)
     device            auto | cuda | cuda:N | cpu | emulated
     dtype             auto (bfloat16 on cuda and emulated, float32 on cpu) | bfloat16 | float32
-    draft, relaxed_acceptance      speculative decoding, refused for now; n_draft_tokens and draft_sampling go with them
+    draft             checkpoint of a draft model made for this one (Gemma 4's assistants), named as `model` is
+    n_draft_tokens    tokens drafted for a sequence in a step: 0 to 16, or "auto": up to 8, as many as a request's
+                      acceptance and the number of sequences in a step pay for, none where drafting loses
+    draft_sampling    argmax | sample: the likeliest tokens are drafted, and sampled text is the same text as without a
+                      draft; or they are drawn, which more often accepts them: the same distribution, other text,
+                      which with "auto", or in a step without room for all drafts, depends on other requests too
+    relaxed_acceptance  None | {"top_k": 10, "delta": 0.6}: LOSSY. While the model thinks, a drafted token of a request
+                      that is not greedy is accepted where it is among the top_k likeliest and its probability at most
+                      delta below the largest. The text is another than without a draft
     max_seq_len       tokens of the longest sequence; None takes what the model and the memory allow
     max_seqs          sequences computed at once
     max_batch_tokens  tokens computed in one step
@@ -51,8 +61,8 @@ class LLM:
     graphs            True and "auto" replay decode steps as CUDA graphs on cuda; False launches every kernel
     ple               device | host: where the table of per-layer inputs lies (Gemma 4 E-series; without effect on
                       others); host leaves it in the file and copies the rows that a step's tokens need
-    gemm              own | cublas: matrix products on cuda; with cublas a row's bits may depend on its batch, and steps
-                      are no graphs
+    gemm              own | cublas: matrix products on cuda; with cublas a row's bits may depend on its batch and on
+                      drafts beside it, and steps are no graphs
     seed              64-bit; requests without a seed of their own draw from (seed, submission counter)
     progress          bars while loading and generating, where stderr is a terminal
     Raises ConfigError, CheckpointError, MemoryPlanError. Threads may share one LLM; their requests run as one batch.
@@ -75,10 +85,16 @@ class LLM:
         eos_ids = self.generation.eos_token_ids or described.eos_ids
         self.eos_ids = tuple(i for i in eos_ids if i < described.vocab)     # a shrunk vocabulary cannot emit the others
         self.default_params = _default_params(self.generation.sampling)
-        with Checkpoint.open(self.path) as checkpoint:
+        self._marks = self._thinking_marks() if self.config.relaxed_acceptance else None
+        with ExitStack() as files:
+            checkpoint = files.enter_context(Checkpoint.open(self.path))
             self.spec = without_missing_media(described, checkpoint.tensors)
             self.pictures = PictureProcessor.load(self.path, self.spec.media.tower) if self.spec.media else None
-            self._core = Core.open(self.spec, self.config, self.lane, checkpoint, self._loading)
+            assistant = None
+            if draft is not None:
+                path = draft_path(draft, progress=progress)
+                assistant = describe_draft(path, self.spec), files.enter_context(Checkpoint.open(path))
+            self._core = Core.open(self.spec, self.config, self.lane, checkpoint, self._loading, assistant)
         self._prompts = MediaPrompts(self.spec, self.tokenizer, self.pictures,
                                      "the checkpoint has no vision tensors" if described.media else
                                      "this engine knows no vision part of the model: it takes text only")
@@ -205,7 +221,8 @@ class LLM:
         pictures = self._core.encoder_cache
         return {**self._counts, "steps": self.scheduler.n_steps, "preemptions": self.scheduler.n_preemptions,
                 "running": len(self.scheduler.running), "waiting": len(self.scheduler.waiting), "pools": pools,
-                **({"encoder_cache": pictures.stats()} if pictures else {})}
+                **({"encoder_cache": pictures.stats()} if pictures else {}),
+                **({"drafts": self._core.control.health.stats()} if self._core.control else {})}
 
     def _admit_all(self, prompts, params, as_prompt):
         """What _admit returns for each prompt; one that it refuses becomes an error output."""
@@ -244,7 +261,7 @@ class LLM:
         prompt_input.check_length(len(ids), self.max_seq_len - 1, "the prompt, before the first generated token,", runs)
         seed = request_seed(self.config.seed, self._n_requests) if params.seed is None else params.seed
         detokenizer = Detokenizer(self.tokenizer) if self.tokenizer else None
-        return ids, Generation(ids, params, seed, self.eos_ids, detokenizer, self.max_seq_len), runs
+        return ids, Generation(ids, params, seed, self.eos_ids, detokenizer, self.max_seq_len, self._marks), runs
 
     def _check_params(self, params):
         if not isinstance(params, SamplingParams):
@@ -315,6 +332,14 @@ class LLM:
         self._counts["prompt_tokens"] += len(output.prompt_token_ids)
         self._counts["generated_tokens"] += len(output.token_ids)
 
+    def _thinking_marks(self):
+        marks = ThinkingMarks.of(self.tokenizer)
+        if marks is None:
+            raise ConfigError(f"relaxed_acceptance holds while the model thinks, between {OPEN} and {CLOSE}: the "
+                              + ("tokenizer lacks these tokens" if self.tokenizer else "checkpoint has no tokenizer")
+                              + "; leave it None")
+        return marks
+
     def _loading(self, n_bytes):
         return self._bar(n_bytes, "loading", unit="B", unit_scale=True)
 
@@ -333,7 +358,8 @@ def _default_params(sampling):
 
 
 def plan(model, memory_bytes=None, **arguments):
-    """The MemoryPlan of a model under LLM arguments, from its config.json alone: needs no GPU and no weights.
+    """The MemoryPlan of a model under LLM arguments, from its config.json alone, and that of `draft` if there is one:
+    needs no GPU and no weights.
 
     model         as LLM's, or the name of a preset ("gemma-4-31b"; engine/models/presets.py has all)
     memory_bytes  memory to plan with; None is this host's. device="cuda" plans bfloat16 and needs it given
@@ -348,4 +374,8 @@ def plan(model, memory_bytes=None, **arguments):
     kind = lane_of(config.device, config.dtype)
     if kind == "cuda" and memory_bytes is None:
         raise ConfigError(f"plan for device {config.device!r} needs memory_bytes, the memory of the GPU planned for")
-    return plan_memory(spec, config, kind, memory_bytes)
+    draft = None
+    if config.draft is not None:
+        path = draft_path(config.draft, files=("config.json", "generation_config.json"), progress=config.progress)
+        draft = describe_draft(path, spec)
+    return plan_memory(spec, config, kind, memory_bytes, draft)

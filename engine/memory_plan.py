@@ -4,10 +4,14 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
+from engine.assistant import Assistant
+from engine.assistant_weights import weights_bytes as draft_weights_bytes
 from engine.backend import DTYPES, ops_of
+from engine.draft_inputs import DraftStager
 from engine.errors import ConfigError, MemoryPlanError
 from engine.floor import floor
 from engine.kv_cache import PoolSpec, pool_specs
+from engine.speculative import Speculation
 from engine.step_inputs import Stager
 from engine.tensors import n_weights
 from engine.vision.encoder import VisionEncoder
@@ -60,6 +64,7 @@ class MemoryPlan:
     max_step_tokens              tokens of a step at most: max_batch_tokens, or more where a picture is never split
     longest_run                  soft tokens of the largest picture that is never split; 1 where pictures may be
     vision_bytes                 buffers of the vision encoder
+    draft_bytes                  weights of the draft model; draft_workspace_bytes: its buffers
     n_soft_rows                  soft tokens that the encoder cache has room for, of soft_row_bytes each
     """
 
@@ -76,6 +81,8 @@ class MemoryPlan:
     vision_bytes: int = 0
     n_soft_rows: int = 0
     soft_row_bytes: int = 0
+    draft_bytes: int = 0
+    draft_workspace_bytes: int = 0
 
     @property
     def encoder_cache_bytes(self):
@@ -88,7 +95,7 @@ class MemoryPlan:
     @property
     def free_bytes(self):
         return (self.memory_bytes - self.weights_bytes - self.workspace_bytes - self.vision_bytes
-                - self.encoder_cache_bytes - self.kv_bytes)
+                - self.encoder_cache_bytes - self.draft_bytes - self.draft_workspace_bytes - self.kv_bytes)
 
     @property
     def n_full_seqs(self):
@@ -106,6 +113,8 @@ class MemoryPlan:
         if self.n_soft_rows:
             rows += [("vision encoder", self.vision_bytes, ""),
                      ("encoder cache", self.encoder_cache_bytes, f"{self.n_soft_rows} soft tokens of pictures")]
+        if self.draft_bytes:
+            rows += [("draft model", self.draft_bytes, ""), ("drafting", self.draft_workspace_bytes, "")]
         rows.append(("free", self.free_bytes, ""))
         lines = [f"{name:<18}{n_bytes / 2**20:>12.1f} MiB  {note}".rstrip() for name, n_bytes, note in rows]
         lines.append(f"longest sequence {self.max_seq_len} tokens; {self.n_full_seqs} of that length at once")
@@ -114,11 +123,12 @@ class MemoryPlan:
         return "\n".join(lines)
 
 
-def plan_memory(spec, config, kind, memory_bytes=None):
+def plan_memory(spec, config, kind, memory_bytes=None, draft=None):
     """The MemoryPlan of a ModelSpec under an EngineConfig on the lane named `kind`.
 
     memory_bytes  what there is to plan with, of which `memory_fraction` is used; None is this host's memory, of which
                   the KV cache takes at most a quarter by default
+    draft         the AssistantSpec of the model that drafts, or None
     Raises MemoryPlanError when weights, workspace and one sequence do not fit, ConfigError for an impossible length.
     """
     limit = config.max_seq_len or spec.max_positions
@@ -127,25 +137,37 @@ def plan_memory(spec, config, kind, memory_bytes=None):
     itemsize, specs = DTYPES[kind].itemsize, pool_specs(spec)
     weights_bytes, ops = n_weights(spec, config.ple) * itemsize, ops_of(kind, config.gemm)
     longest_run, max_step_tokens = step_limits(spec, config, limit)
-    workspace_bytes = Workspace.n_bytes(spec, max_step_tokens, config.max_seqs, itemsize, ops)
+    workspace_bytes = Workspace.n_bytes(spec, max_step_tokens, config.max_slots, itemsize, ops)
+    max_slots, rules = min(config.max_slots, max_step_tokens), (config.draft_sampling == "sample",
+                                                                config.relaxed_acceptance)
     if kind != "cpu":
+        attentions = dict.fromkeys(layer.attention for layer in draft.seen_layers) if draft else ()
+        drafts = DraftStager(dict(enumerate(attentions)), config.page_size, limit, *rules)
         workspace_bytes += Stager.n_bytes(specs, max_step_tokens, config.max_seqs, limit, config.page_size,
-                                          spec.per_layer_width * itemsize if config.ple == "host" else 0, longest_run)
+                                          spec.per_layer_width * itemsize if config.ple == "host" else 0, longest_run,
+                                          max_slots, drafts.n_bytes(config.max_seqs, max_slots) if draft else 0)
     vision_bytes = n_soft_rows = 0
     if spec.media:
         vision_bytes = VisionEncoder.n_bytes(spec, itemsize)
         n_soft_rows = EncoderCache.n_rows(spec, max_step_tokens, min(spec.media.tower.most_tokens, limit),
                                           config.encoder_cache_bytes, itemsize)
+    draft_bytes = draft_workspace_bytes = 0
+    if draft:
+        draft_bytes = draft_weights_bytes(draft, itemsize)
+        draft_workspace_bytes = Assistant.n_bytes(draft, config.max_seqs, itemsize, ops, rules[0])
+        draft_workspace_bytes += Speculation.n_bytes(draft.vocab, config.max_seqs, max_slots, config.most_drafts,
+                                                     rules[0])
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)
-    working_bytes = workspace_bytes + vision_bytes + n_soft_rows * spec.hidden * itemsize
-    left = memory - weights_bytes - working_bytes
+    working_bytes = workspace_bytes + draft_workspace_bytes + vision_bytes + n_soft_rows * spec.hidden * itemsize
+    left = memory - weights_bytes - draft_bytes - working_bytes
     kv_bytes = config.kv_cache_bytes or (left // HOST_SHARE if memory_bytes is None else left)
     if left <= 0 or kv_bytes > left:
         came = f"kv_cache_bytes of {kv_bytes}" if config.kv_cache_bytes else "nothing of it left for the KV cache"
-        raise MemoryPlanError(f"{memory} bytes cannot hold {weights_bytes} of weights and {working_bytes} of "
-                              f"workspace{' and encoder cache' if spec.media else ''} with {came}; lower "
-                              f"kv_cache_bytes, {'encoder_cache_bytes, ' if spec.media else ''}max_batch_tokens or "
-                              "max_seqs, or use a larger memory")
+        n_weight_bytes = weights_bytes + draft_bytes
+        raise MemoryPlanError(f"{memory} bytes cannot hold {n_weight_bytes} of weights and {working_bytes} "
+                              f"of workspace{' and encoder cache' if spec.media else ''} with {came}; lower "
+                              f"kv_cache_bytes, {'encoder_cache_bytes, ' if spec.media else ''}max_batch_tokens"
+                              f"{', n_draft_tokens' if draft else ''} or max_seqs, or use a larger memory")
     page_bytes = [pool.token_bytes(itemsize) * config.page_size for pool in specs]
     fits = _longest_that_fits(specs, config.page_size, page_bytes, kv_bytes, limit, longest_run)
     if fits < (config.max_seq_len or 1):
@@ -158,7 +180,8 @@ def plan_memory(spec, config, kind, memory_bytes=None):
                   in zip(specs, n_pages, page_bytes, seq_pages, run_pages, strict=True))
     plan = MemoryPlan(memory, weights_bytes, workspace_bytes, pools, fits, config.max_seqs,
                       max_step_tokens=max_step_tokens, longest_run=longest_run, vision_bytes=vision_bytes,
-                      n_soft_rows=n_soft_rows, soft_row_bytes=spec.hidden * itemsize if spec.media else 0)
+                      n_soft_rows=n_soft_rows, soft_row_bytes=spec.hidden * itemsize if spec.media else 0,
+                      draft_bytes=draft_bytes, draft_workspace_bytes=draft_workspace_bytes)
     one, full = (floor(spec, [(n, 1, fits)], itemsize, itemsize).bytes for n in (1, plan.n_full_seqs))
     return replace(plan, step_bytes=one, full_step_bytes=full)
 

@@ -11,6 +11,7 @@ import numpy as np
 
 from engine.floor import visible
 from engine.kernel_cost import (
+    accept_drafts_cost,
     add_bias_cost,
     add_norm_cost,
     add_norms_cost,
@@ -19,10 +20,15 @@ from engine.kernel_cost import (
     apply_edits_cost,
     attention_cost,
     attention_temperature_cost,
+    candidate_argmax_cost,
+    candidate_logits_cost,
     clamp_cost,
     count_weights_cost,
     draw_cost,
+    draw_draft_cost,
+    draw_with_draft_cost,
     embed_cost,
+    find_kept_cost,
     gate_per_layer_cost,
     gemm_cost,
     largest_logit_cost,
@@ -34,9 +40,12 @@ from engine.kernel_cost import (
     moe_gemm_cost,
     moe_order_cost,
     moe_pick_cost,
+    no_logits_cost,
+    pick_centroids_cost,
     place_rows_cost,
     pool_rows_cost,
     qk_norm_rope_cache_cost,
+    relax_drafts_cost,
     rms_norm_cost,
     rope_angles_cost,
     router_norm_cost,
@@ -254,13 +263,72 @@ def apply_edits(logits, edits):
 def sample(logits, batch, out, scratch=None, domain=0):
     """Every row is taken to have a top-k or top-p and a token in every bin; those that are sorted out are not counted,
     16 bytes each: they are few. A greedy row passes over its logits once, not three times."""
+    return _draws(logits, batch, 0, draw_cost(logits.shape[1], 0))
+
+
+def sample_drafts(logits, batch, out, probs, scratch=None, positions=None, ahead=0):
+    """As sample, and probs is written."""
+    vocab = logits.shape[1]
+    return _draws(logits, batch, 4 * vocab + 4 * (positions is not None),
+                  find_kept_cost(vocab, 0) + draw_draft_cost(vocab))
+
+
+def sample_with_drafts(logits, batch, drafts, draft_probs, out, scratch=None, prob_rows=None):
+    """As sample; every draft is taken to be rejected, which costs one more pass over the logits, and no token to be
+    filtered, so that all of draft_probs is read."""
+    vocab = logits.shape[1]
+    return _draws(logits, batch, 4 * vocab + 4 + 4 * (prob_rows is not None),
+                  find_kept_cost(vocab, 0) + draw_with_draft_cost(vocab, vocab))
+
+
+def _draws(logits, batch, more_bytes, kernels):
+    """more_bytes: of a row, that an op has to move beside its logits, its rule and its token; kernels: their cost for
+    a row, after count_weights."""
     n_rows, vocab = logits.shape
     fields = (batch.is_greedy, batch.inverse_temperature, batch.top_k, batch.top_p, batch.least_weight, batch.seed,
               batch.position)
-    n_bytes = n_rows * (4 * vocab + 4 + sum(field.dtype.itemsize for field in fields))
-    row = count_weights_cost(vocab, N_BINS) + draw_cost(vocab, 0)
+    n_bytes = n_rows * (4 * vocab + 4 + sum(field.dtype.itemsize for field in fields) + more_bytes)
+    row = count_weights_cost(vocab, N_BINS) + kernels
     moved = largest_logit_cost(n_rows, vocab).traffic_bytes + n_rows * row.traffic_bytes
     return Cost(n_bytes, moved - n_bytes)
+
+
+def relax_drafts(logits, drafts, is_relaxed, top_k, delta, tokens, scratch=None):
+    """Every row is taken to be relaxed and to have a draft."""
+    n_rows, vocab = logits.shape
+    n_bytes = n_rows * (4 * vocab + 9)
+    moved = largest_logit_cost(n_rows, vocab, has_out=False).traffic_bytes \
+        + n_rows * relax_drafts_cost(vocab).traffic_bytes
+    return Cost(n_bytes, moved - n_bytes)
+
+
+def accept_drafts(tokens, drafts, slot_begin, slot_rows, positions, out):
+    """Every draft is taken to be compared."""
+    n_slots, n_seqs = tokens.shape[0], positions.shape[0]
+    return accept_drafts_cost(n_slots, n_slots - n_seqs, n_seqs)
+
+
+def pick_centroids(scores, out):
+    return pick_centroids_cost(*scores.shape, out.shape[1])
+
+
+def candidate_argmax(g, head, ordering, chosen, out, scratch=None):
+    """No two rows are taken to share a candidate, as far as there are tokens, and none to be left out."""
+    (n_rows, n_chosen), n_distinct = chosen.shape, _n_candidates(head, ordering, chosen)
+    cost = candidate_argmax_cost(n_rows, n_chosen, n_distinct, g.shape[1], g.dtype.itemsize)
+    return cost if g.dtype.itemsize == KERNEL_ITEMSIZE else Cost(cost.bytes)
+
+
+def candidate_logits(g, head, ordering, chosen, out):
+    """As candidate_argmax."""
+    n_rows, n_chosen = chosen.shape
+    cost = candidate_logits_cost(n_rows, n_chosen, _n_candidates(head, ordering, chosen),
+                                 n_rows * n_chosen * ordering.shape[1], g.shape[1], g.dtype.itemsize)
+    return no_logits_cost(out.shape[0] * out.shape[1]) + cost
+
+
+def _n_candidates(head, ordering, chosen):
+    return min(chosen.shape[0] * chosen.shape[1] * ordering.shape[1], head.shape[0])
 
 
 def top_logprobs(logits, chosen, n, out_chosen, out_ids, out_logprobs, scratch=None):

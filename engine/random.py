@@ -60,13 +60,21 @@ def log_f32(x):
     return _log_near_one(mantissa - ONE) + n.astype(np.float32) * LN2
 
 
+def uniform(words):
+    """x = min((w + 1/2) * 2^-32, 1 - 2^-24): uniform, never 0, and never 1, as words from 0xFFFFFF80 up would be.
+
+    words  integers in [0, 2**32), any shape. Returns float32.
+    """
+    return np.minimum((words.astype(np.float32) + HALF) * WORD_UNIT, BELOW_ONE)
+
+
 def exponential(words):
-    """E = -ln(1 - x) with x = min((w + 1/2) * 2^-32, 1 - 2^-24): an exponential variate, 1.16e-10 <= E <= 16.64.
+    """E = -ln(1 - x) with x = uniform(words): an exponential variate, 1.16e-10 <= E <= 16.64.
 
     words  integers in [0, 2**32), any shape. Returns float32, within 3.2 ulp of -log1p(-x) (2.46 seen).
-    The clamp keeps E finite: words from 0xFFFFFF80 up would round x to 1, and a sole survivor must be able to win.
+    As x stays below 1, E is finite: a sole survivor must be able to win.
     """
-    x = np.minimum((words.astype(np.float32) + HALF) * WORD_UNIT, BELOW_ONE)
+    x = uniform(words)
     n, mantissa = _split(ONE - x)
     f = np.where(n == 0, -x, mantissa - ONE)         # near 1 the sum 1 - x has lost the low bits of x; x has not
     return -(_log_near_one(f) + n.astype(np.float32) * LN2)

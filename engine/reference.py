@@ -3,7 +3,8 @@
 Every op writes into arrays it is given, and computes in their dtype: float32 on the cpu lane, float64 where a test asks
 what a kernel should have found. Long elementwise chains run over blocks of rows that stay in cache. `scratch` is a
 Scratch of engine/workspace.py, or None. Ops whose rows know nothing of each other stand in engine/reference_rows.py,
-matrix products in engine/reference_products.py, those of experts in engine/reference_moe.py.
+matrix products in engine/reference_products.py, those of experts in engine/reference_moe.py, the
+rules for drafts in engine/reference_drafts.py, the head of a draft model in engine/reference_centroids.py.
 """
 
 from functools import lru_cache
@@ -12,6 +13,17 @@ import numpy as np
 
 from engine import sampler
 from engine.models.vision_spec import Gemma4TowerSpec
+from engine.reference_centroids import (  # noqa: F401  part of the op table
+    candidate_argmax,
+    candidate_logits,
+    pick_centroids,
+)
+from engine.reference_drafts import (  # noqa: F401  part of the op table
+    accept_drafts,
+    relax_drafts,
+    sample_drafts,
+    sample_with_drafts,
+)
 from engine.reference_moe import moe_combine, moe_gated_linear, moe_linear, moe_route  # noqa: F401  part of the op table
 from engine.reference_products import gated_linear, linear  # noqa: F401  part of the op table
 from engine.reference_rows import (  # noqa: F401  part of the op table
@@ -40,7 +52,7 @@ QUERIES = 64        # queries of one attention block: bounds the score matrix
 
 
 def scratch_size(spec, max_tokens, max_logit_rows):
-    """(floats, counters) that the ops of a ModelSpec want: room for gate and up of gated_linear."""
+    """(floats, counters) that the ops of a ModelSpec or AssistantSpec want: room for gate and up of gated_linear."""
     return max_tokens * 2 * spec.widest_dense, 0
 
 

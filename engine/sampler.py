@@ -68,8 +68,7 @@ NO_EDITS = LogitEdits(*(np.empty(0, dtype) for dtype in (*EDIT_DTYPES, *[np.floa
 
 
 def _has_edits(params, prompt, output, banned):
-    return (len(banned) or params.logit_bias or params.repetition_penalty != 1 or params.presence_penalty
-            or params.frequency_penalty)
+    return len(banned) or params.logit_bias or params.has_penalties
 
 
 def _row_edits(row, params, prompt, output, banned):

@@ -83,6 +83,10 @@ class SamplingParams:
                 raise ParamsError(f"SamplingParams: {field.name} is {value!r}, expected {expected}")
 
     @property
+    def has_penalties(self):
+        return self.repetition_penalty != 1 or bool(self.presence_penalty or self.frequency_penalty)
+
+    @property
     def is_greedy(self):
         return self.temperature < GREEDY_BELOW
 

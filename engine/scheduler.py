@@ -12,6 +12,11 @@ class Scheduler:
     always go on, because the cache holds at least one sequence of the largest length the engine accepts: so every
     sequence finishes.
 
+    A decoding sequence has one known token left, and maybe drafts behind it, which take tokens of the step and pages as
+    any others. They get what is left over once every decode has its token and prompts have theirs, but at least half of
+    what the decodes leave; where that is too little, equal shares. The rest of the drafts are dropped: they cost nobody
+    his place in the step, and no page of his.
+
     Where layers see all of a picture, its run of soft tokens is never split: a chunk ends before it, or begins at it or
     earlier and holds all of it. A run longer than what a step has left grows past max_batch_tokens, up to
     `max_step_tokens`, for which memory is laid out. One that a running sequence has come to always fits there: only
@@ -34,22 +39,30 @@ class Scheduler:
         insort(self.waiting, sequence, key=lambda s: s.number)
 
     def next_batch(self):
-        """[(sequence, n tokens)] to compute now, pages reserved; empty when nothing is left to do."""
+        """[(sequence, n known tokens)] to compute now, pages reserved, also for the drafts that each sequence still
+        has; empty when nothing is left to do."""
         self.n_steps += 1
         work, budget = {}, self.max_batch_tokens
-        for sequence in sorted(self.running, key=lambda s: (s.n_left > 1, s.number)):
-            if budget > 0 and sequence in self.running:
+        by_age = sorted(self.running, key=lambda s: s.number)
+        for sequence in by_age:
+            if sequence.n_left == 1 and budget > 0 and sequence in self.running:
+                budget = self._reserve(sequence, budget, work)
+        budget -= min(budget // 2, sum(len(sequence.drafts) for sequence in work))
+        for sequence in by_age:
+            if sequence.n_left > 1 and budget > 0 and sequence in self.running:
                 budget = self._reserve(sequence, budget, work)
         while budget > 0 and self.waiting and len(self.running) < self.max_seqs:
             sequence = self.waiting[0]
-            if not self._fits(sequence, budget):
+            if not self._fits(sequence, budget, sum(work.values())):
                 break
             self.running.append(self.waiting.pop(0))
             budget = self._reserve(sequence, budget, work)
+        self._add_drafts(work)
         return list(work.items())
 
     def commit(self, work):
-        """Marks a computed batch as cached and gives back the pages its windows have passed."""
+        """Marks tokens, [(sequence, n)], as cached for good, and gives back the pages that the windows have passed and
+        those of rejected drafts."""
         for sequence, n in work:
             sequence.n_cached += n
             self.kv_cache.trim(sequence)
@@ -67,7 +80,7 @@ class Scheduler:
             self.encoder_cache.clear()
         self.running, self.waiting = [], [sequence for sequence in sequences if not sequence.task.is_finished]
         for sequence in sequences:
-            sequence.n_cached, sequence.page_lists = 0, self.kv_cache.new_page_lists()
+            sequence.n_cached, sequence.page_lists, sequence.drafts = 0, self.kv_cache.new_page_lists(), []
 
     def _reserve(self, sequence, budget, work):
         """Puts tokens of `sequence` into `work`, about as many as the budget, preempting newer sequences for its first
@@ -85,6 +98,16 @@ class Scheduler:
         work[sequence] = self.kv_cache.reserve(sequence, got)
         return budget - got if got == sequence.n_left else 0
 
+    def _add_drafts(self, work):
+        """Gives the drafts of sequences in `work` what is left of the step and of the pages; others are dropped."""
+        left = max(0, self.max_batch_tokens - sum(work.values()))
+        drafting = sorted((sequence for sequence in work if sequence.drafts), key=lambda s: len(s.drafts))
+        for i, sequence in enumerate(drafting):
+            n = min(len(sequence.drafts), left // (len(drafting) - i))
+            n = self.kv_cache.reserve(sequence, work[sequence] + n) - work[sequence]
+            del sequence.drafts[n:]
+            left -= n
+
     def _chunk(self, sequence, n, grows=False):
         """The next n tokens of `sequence`, or fewer where the end would split a run: that begins the next chunk. A run
         that begins this one is taken whole if the chunk `grows`, and else not at all."""
@@ -94,16 +117,17 @@ class Scheduler:
                 return (run.end if grows and run.begin <= sequence.n_cached else run.begin) - sequence.n_cached
         return n
 
-    def _fits(self, sequence, budget):
-        """Whether a waiting sequence may begin now: there are pages, and room in the step for a run at its start."""
+    def _fits(self, sequence, budget, n_others):
+        """Whether a waiting sequence may begin now: there are pages, and room in the step, beside n_others tokens, for
+        a run at its start."""
         n = self._chunk(sequence, min(budget, sequence.n_left), grows=True)
         longest_run = max((run.end - run.begin for run in sequence.media), default=1) if self._keeps_runs_whole else 1
-        return (n <= self.max_step_tokens - (self.max_batch_tokens - budget)
+        return (n <= self.max_step_tokens - n_others
                 and self.kv_cache.could_hold(len(sequence.tokens), longest_run))
 
     def _preempt(self, sequence):
         self._release(sequence)
-        sequence.n_cached = 0
+        sequence.n_cached, sequence.drafts = 0, []
         sequence.n_preemptions += 1
         self.n_preemptions += 1
         self.running.remove(sequence)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from engine.draft_length import DraftStats
+
 
 @dataclass(frozen=True)
 class MediaRun:
@@ -28,6 +30,9 @@ class Sequence:
     next_logit  the next position whose logits the task still wants
     page_lists  pages held, one PageList a pool
     media       MediaRuns by position, all of them in the prompt
+    drafts      token ids that a draft model expects behind `tokens`; there are some only while decoding
+    draft_rows  where drafts are drawn: the row of each in the probabilities that they were drawn from
+    draft_stats DraftStats: how drafts have fared
     """
 
     def __init__(self, number, tokens, task, page_lists, media=()):
@@ -36,8 +41,9 @@ class Sequence:
         self.n_cached = 0
         self.next_logit = task.first_logit
         self.n_preemptions = 0
+        self.drafts, self.draft_rows, self.draft_stats = [], (), DraftStats()
 
     @property
     def n_left(self):
-        """Known tokens not computed yet; 1 while decoding."""
+        """Known tokens not computed yet, drafts not counted; 1 while decoding."""
         return len(self.tokens) - self.n_cached

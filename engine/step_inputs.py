@@ -5,12 +5,13 @@ from math import prod
 
 import numpy as np
 
-from engine.kernels.paged import ITEM, PagedInputs, blocks, plan, work_capacity
+from engine.draft_inputs import DraftStager, StagedSlots
+from engine.kernels.paged import ITEM, TILE_ROWS, PagedInputs, blocks, geometry, plan, work_capacity
 from engine.sampler import NO_EDITS, LogitEdits, SamplingBatch
 
 ALIGNED = 16                # bytes: whatever a kernel loads at once begins on such a boundary
 EDITS_A_ROW = 512           # LogitEdits that a captured decode step has room for, a sequence
-MOST_FIELDS = 64            # of a step, each of which may leave ALIGNED bytes unused
+MOST_FIELDS = 96            # of a step, each of which may leave ALIGNED bytes unused
 EDITS_OF_ROWS = ("edits.repetition", "edits.presence", "edits.frequency")       # the others are one an edit
 
 
@@ -55,6 +56,7 @@ class StagedBatch:
     pools, kept_pools  one PagedInputs per KV pool; of kept_pools only those that are read once rows are dropped
     per_layer_rows     as in Batch, and so are media_rows and media_source
     edits, sampling    StagedEdits, SamplingBatch
+    slots              StagedSlots, where the Batch has Slots
     """
 
     token_ids: object
@@ -70,6 +72,7 @@ class StagedBatch:
     per_layer_rows: object
     media_rows: object
     media_source: object
+    slots: StagedSlots | None = None
 
     @property
     def n_tokens(self):
@@ -86,12 +89,14 @@ class StagedEdits(LogitEdits):
 class DecodeInputs:
     """The inputs of decode steps of up to so many sequences, at addresses that never change: what a graph reads.
 
+    n_seqs, n_drafts  sequences, and drafts of each to judge and to make, at most
     batch      the StagedBatch, of the largest size; rows beyond a step's own are token 0, cached nowhere, attended to
                nothing and sampled greedily, and nobody reads what comes of them
     has_edits  whether there is room for LogitEdits
     """
 
-    def __init__(self, packed, batch, arrays_of, n_edits):
+    def __init__(self, n_seqs, n_drafts, packed, batch, arrays_of, n_edits):
+        self.n_seqs, self.n_drafts = n_seqs, n_drafts
         self.batch, self._packed, self._arrays_of, self._n_edits = batch, packed, arrays_of, n_edits
         self._padding = {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True,
                          "per_layer_rows": 0,
@@ -101,13 +106,18 @@ class DecodeInputs:
     def has_edits(self):
         return self._n_edits > 0
 
+    def __str__(self):
+        """What tells it from others."""
+        more = [f"{self.n_drafts} drafts"] * (self.n_drafts > 0) + ["edits"] * self.has_edits
+        return f"{self.n_seqs}{' with ' * bool(more)}{' and '.join(more)}"
+
     def holds(self, batch):
         """Whether the batch's edits fit."""
         return len(batch.edits.token) <= self._n_edits
 
     def send(self, batch):
         """Starts the copy of a decode Batch."""
-        self._packed.send(self._arrays_of(batch), self._padding)
+        self._packed.send(self._arrays_of(batch), self._padding | DraftStager.padding(len(batch.to_sample)))
 
 
 class Stager:
@@ -115,31 +125,37 @@ class Stager:
 
     has_rows     batches have per_layer_rows
     longest_run  soft tokens of the largest picture, where layers see all of it
+    max_slots    rows whose next token is decided, at most; None without drafts
+    drafts       DraftStager, or None
     """
 
-    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, max_seqs, lane, has_rows=False, longest_run=1):
+    def __init__(self, spec, kv_cache, max_seq_len, max_tokens, max_seqs, lane, has_rows=False, longest_run=1,
+                 max_slots=None, drafts=None):
         self._lane, self._kv_cache, self._max_seq_len = lane, kv_cache, max_seq_len
+        self._max_tokens, self._drafts = max_tokens, drafts
         self._heads = spec.layers[0].attention.n_heads
         self._kept_pools = sorted({kv_cache.layer_slot[i][0] for i in range(spec.drops_at, len(spec.layers))})
         self._row = (lane.dtype, spec.per_layer_width) if has_rows else None
         row_bytes = spec.per_layer_width * lane.dtype.itemsize * has_rows
         self._buffer = self._decode_buffer = lane.step_buffer(
-            self.n_bytes(kv_cache.specs, max_tokens, max_seqs, max_seq_len, kv_cache.page_size, row_bytes, longest_run))
+            self.n_bytes(kv_cache.specs, max_tokens, max_seqs, max_seq_len, kv_cache.page_size, row_bytes, longest_run,
+                         max_slots, drafts.n_bytes(max_seqs, max_slots) if drafts else 0))
         self._decode_inputs = {}
 
     @staticmethod
-    def n_bytes(pools, max_tokens, max_seqs, max_seq_len, page_size, row_bytes=0, longest_run=1):
-        """Bytes of the buffer, with row_bytes of per_layer_rows a token; only a step with more than EDITS_A_ROW edits a
-        sequence needs another."""
-        n_seqs = min(max_seqs, max_tokens)
+    def n_bytes(pools, max_tokens, max_seqs, max_seq_len, page_size, row_bytes=0, longest_run=1, max_slots=None,
+                draft_bytes=0):
+        """Bytes of the buffer, with row_bytes of per_layer_rows a token, and what a DraftStager wants; only a step with
+        more than EDITS_A_ROW edits a slot needs another."""
+        n_seqs, n_slots = min(max_seqs, max_tokens), min(max_slots or max_seqs, max_tokens)
         n_ints = 11 * max_tokens + 5 * (n_seqs + 1)
         for pool in pools:
             n_ints += max_tokens + n_seqs + 2 * ITEM * work_capacity(
                 max_tokens, max_seq_len, pool.n_kv_heads, pool.head_dim, pool.window, pool.chunk, 2 * (longest_run - 1))
             n_ints += n_seqs * -(-max_seq_len // page_size)
         columns = [*_columns("", SamplingBatch.build(())).values(), *EDITS_A_ROW * [*_columns("", NO_EDITS).values()]]
-        return (4 * n_ints + n_seqs * sum(column.itemsize for column in columns) + max_tokens * row_bytes
-                + ALIGNED * MOST_FIELDS)
+        return (4 * n_ints + n_slots * sum(column.itemsize for column in columns) + max_tokens * row_bytes
+                + draft_bytes + ALIGNED * MOST_FIELDS)
 
     def __call__(self, batch):
         """The StagedBatch of a Batch; it is good until the next one."""
@@ -152,44 +168,59 @@ class Stager:
         packed.send(arrays)
         return self._staged(packed.device)
 
-    def decode(self, n_seqs, has_edits):
-        """The DecodeInputs for up to n_seqs sequences, and EDITS_A_ROW edits of each where it has any."""
-        if (n_seqs, has_edits) not in self._decode_inputs:
-            n_edits = n_seqs * EDITS_A_ROW * has_edits
-            packed = Packed(self._decode_buffer, self._decode_fields(n_seqs, n_edits))
-            self._decode_inputs[n_seqs, has_edits] = DecodeInputs(packed, self._staged(packed.device), self._arrays,
-                                                                  n_edits)
-        return self._decode_inputs[n_seqs, has_edits]
+    def decode(self, n_seqs, n_drafts, has_edits):
+        """The DecodeInputs for up to n_seqs sequences with n_drafts drafts each, and EDITS_A_ROW edits of each of their
+        rows where it has any."""
+        key = n_seqs, n_drafts, has_edits
+        if key not in self._decode_inputs:
+            n_rows = min(n_seqs * (1 + n_drafts), self._max_tokens)
+            n_edits = n_rows * EDITS_A_ROW * has_edits
+            packed = Packed(self._decode_buffer, self._decode_fields(n_seqs, n_drafts, n_rows, n_edits))
+            self._decode_inputs[key] = DecodeInputs(n_seqs, n_drafts, packed, self._staged(packed.device),
+                                                    self._arrays, n_edits)
+        return self._decode_inputs[key]
 
-    def _decode_fields(self, n_seqs, n_edits):
-        """The fields of Packed for decode steps of so many sequences and edits."""
-        ints = {"token_ids": (n_seqs,), "positions": (n_seqs,), "take_rows": (0,), "take_next": (0,),
-                "sample_rows": (n_seqs,), "context_lens": (n_seqs,), "cu_seqlens": (n_seqs + 1,), "edits.n_edits": (1,)}
+    def _decode_fields(self, n_seqs, n_drafts, n_rows, n_edits):
+        """The fields of Packed for decode steps of so many sequences, drafts of each, rows in all and edits."""
+        ints = {"token_ids": (n_rows,), "positions": (n_rows,), "take_rows": (0,), "take_next": (0,),
+                "sample_rows": (n_rows,), "context_lens": (n_seqs,), "cu_seqlens": (n_seqs + 1,), "edits.n_edits": (1,)}
         n_pages = 0
         for p, (spec, pages) in enumerate(zip(self._kv_cache.specs, self._kv_cache.allocators, strict=True)):
-            ints |= {f"page_begin{p}": (n_seqs,), f"slots{p}": (n_seqs,), f"work{p}.n_decode": (1,),
-                     f"work{p}.decode": (work_capacity(n_seqs, self._max_seq_len, spec.n_kv_heads, spec.head_dim,
-                                                       spec.window, spec.chunk), ITEM),
-                     f"work{p}.n_prefill": (1,), f"work{p}.prefill": (0, ITEM)}
+            n_decode, n_prefill = (
+                work_capacity(n_tiles, self._max_seq_len, spec.n_kv_heads, spec.head_dim, spec.window, spec.chunk)
+                if n_tiles else 0 for n_tiles in (n_seqs, self._prefill_tiles(spec, n_seqs, n_drafts, n_rows)))
+            ints |= {f"page_begin{p}": (n_seqs,), f"slots{p}": (n_rows,), f"work{p}.n_decode": (1,),
+                     f"work{p}.decode": (n_decode, ITEM), f"work{p}.n_prefill": (1,),
+                     f"work{p}.prefill": (n_prefill, ITEM)}
             n_pages += min(pages.n_pages, n_seqs * -(-self._max_seq_len // self._kv_cache.page_size))
         places = {name: (np.int32, shape) for name, shape in ints.items()}
-        places |= {name: (column.dtype, (n_seqs,))
+        places |= {name: (column.dtype, (n_rows,))
                    for name, column in _columns("sampling", SamplingBatch.build(())).items()}
-        places |= {name: (column.dtype, (n_seqs if name in EDITS_OF_ROWS else n_edits,))
+        places |= {name: (column.dtype, (n_rows if name in EDITS_OF_ROWS else n_edits,))
                    for name, column in _columns("edits", NO_EDITS).items()}
+        if n_drafts:
+            places |= self._drafts.places(n_seqs, n_rows)
         if self._row:
-            places["per_layer_rows"] = self._row[0], (n_seqs, self._row[1])
+            places["per_layer_rows"] = self._row[0], (n_rows, self._row[1])
         return places | {"page_table": (np.int32, (n_pages,))}
+
+    def _prefill_tiles(self, pool, n_seqs, n_drafts, n_rows):
+        """Tiles of the prefill kernel that n_rows rows of n_seqs sequences make at most: where a sequence's are more
+        than one tile of the decode kernel."""
+        n_queries = (1 + n_drafts) * self._heads // pool.n_kv_heads
+        tile = geometry(pool.head_dim, False).rows
+        return min(n_seqs * -(-n_queries // tile), n_rows) if n_queries > TILE_ROWS else 0
 
     def _arrays(self, batch):
         """{name: host array} of everything that is staged; the page tables, whose size varies most, are last."""
         first, page_begins = 0, {}
         for p, pool in enumerate(batch.pools):
-            page_begins[f"page_begin{p}"] = pool.page_begin + np.int32(first)
+            page_begins[p] = pool.page_begin + np.int32(first)
             first += len(pool.page_table)
         arrays = {"token_ids": batch.token_ids, "positions": batch.positions, "take_rows": batch.take_rows,
                   "take_next": batch.take_next, "sample_rows": batch.sample_rows,
-                  "context_lens": batch.pools[0].context_lens, "cu_seqlens": batch.pools[0].cu_seqlens, **page_begins,
+                  "context_lens": batch.pools[0].context_lens, "cu_seqlens": batch.pools[0].cu_seqlens,
+                  **{f"page_begin{p}": begin for p, begin in page_begins.items()},
                   **_columns("sampling", batch.sampling), **_columns("edits", batch.edits),
                   "edits.n_edits": np.array([len(batch.edits.token)], np.int32)}
         for p, pool in enumerate(batch.pools):
@@ -203,6 +234,8 @@ class Stager:
             arrays |= _visible("kept_", kept.values())
         if batch.media_rows is not None:
             arrays |= {"media_rows": batch.media_rows, "media_source": batch.media_source}
+        if batch.slots is not None:
+            arrays |= self._drafts.arrays(batch.slots, page_begins)
         if self._row:
             arrays["per_layer_rows"] = batch.per_layer_rows
         return arrays | {"page_table": np.concatenate([pool.page_table for pool in batch.pools])}
@@ -223,7 +256,8 @@ class Stager:
         return StagedBatch(arrays["token_ids"], arrays["positions"], kept, pools, kept_pools, arrays["take_rows"],
                            arrays["take_next"], arrays["sample_rows"], _of(StagedEdits, "edits", arrays),
                            _of(SamplingBatch, "sampling", arrays), arrays.get("per_layer_rows"),
-                           arrays.get("media_rows"), arrays.get("media_source"))
+                           arrays.get("media_rows"), arrays.get("media_source"),
+                           self._drafts and self._drafts.staged(arrays))
 
     def _paged(self, arrays, p, prefix):
         """The PagedInputs of pool p; prefix: "", or "kept_" for those of the kept rows."""

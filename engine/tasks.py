@@ -15,13 +15,16 @@ class Generation:
     eos_ids       the model's end-of-text ids
     detokenizer   turns ids into text piece by piece, or None
     max_len       tokens a sequence may have, prompt included
+    marks         ThinkingMarks, where drafts are judged by the relaxed rule while the model thinks; else None
     """
 
     samples, hidden = True, None
 
-    def __init__(self, prompt_ids, params, seed, eos_ids, detokenizer, max_len):
+    def __init__(self, prompt_ids, params, seed, eos_ids, detokenizer, max_len, marks=None):
         self.params, self.seed, self.detokenizer = params, seed, detokenizer
         self.prompt_ids, self.max_len = prompt_ids, max_len
+        self._marks = None if params.is_greedy else marks         # a greedy text stays the same
+        self._is_thinking = bool(self._marks) and self._marks.after(False, prompt_ids)
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
         self.first_logit = 0 if params.prompt_logprobs else len(prompt_ids) - 1
         self.output = RequestOutput(prompt_token_ids=list(prompt_ids), logprobs=[] if params.n_logprobs else None,
@@ -35,14 +38,29 @@ class Generation:
     def is_finished(self):
         return self.output.finish_reason is not None
 
-    def edits(self):
-        """What LogitEdits.build takes of a row."""
+    @property
+    def n_wanted(self):
+        """Tokens that it may still take."""
         ids = self.output.token_ids
-        return self.params, self.prompt_ids, ids, self.stop_ids if len(ids) < self.params.min_tokens else ()
+        return min(self.params.max_tokens - len(ids), self.max_len - len(self.prompt_ids) - len(ids))
 
-    def rule(self):
-        """What SamplingBatch.build takes of a row: draws are keyed by the absolute index of the token they decide."""
-        return self.params, self.seed, len(self.prompt_ids) + len(self.output.token_ids)
+    def edits(self, drafts=()):
+        """What LogitEdits.build takes of the row that decides the token behind `drafts`."""
+        ids = self.output.token_ids
+        banned = self.stop_ids if len(ids) + len(drafts) < self.params.min_tokens else ()
+        if drafts and self.params.has_penalties:                # else nobody reads them, and they may be many
+            ids = [*ids, *drafts]
+        return self.params, self.prompt_ids, ids, banned
+
+    def rule(self, n_drafts=0):
+        """What SamplingBatch.build takes of the row that decides the token behind so many drafts: draws are keyed by
+        the absolute index of the token they decide."""
+        return self.params, self.seed, len(self.prompt_ids) + len(self.output.token_ids) + n_drafts
+
+    def relaxed(self, drafts):
+        """For each drafted token whether the relaxed rule judges it: where the model thinks, as far as the text and the
+        drafts before it say."""
+        return self._marks.along(self._is_thinking, drafts) if self._marks else [False] * len(drafts)
 
     def take(self, tops):
         """Takes, for the next prompt positions, (log-probability of the token that follows, the likeliest of them)."""
@@ -60,13 +78,15 @@ class Generation:
         if not output.token_ids:
             output.metrics.first_token_s = perf_counter() - self._submitted
         output.token_ids.append(token)
+        if self._marks:
+            self._is_thinking = self._marks.after(self._is_thinking, (token,))
         if params.n_logprobs:
             output.logprobs.append(_logprobs(token, top, params.n_logprobs))
         if token in self.stop_ids:
             self.finish("stop")
         elif self.detokenizer and self._add_text(self.detokenizer.add([token])):
             self.finish("stop", flush=False)
-        elif len(output.token_ids) >= params.max_tokens or len(self.prompt_ids) + len(output.token_ids) >= self.max_len:
+        elif self.n_wanted <= 0:
             self.finish("length")
 
     def finish(self, reason, flush=True):

@@ -16,6 +16,8 @@ PREFIXES = ("language_model.model.", "model.language_model.", "model.")
 HEADS = ("lm_head.weight", "language_model.lm_head.weight")
 EMBED = "embed_tokens.weight"
 PER_LAYER_EMBED = "embed_tokens_per_layer.weight"
+# Of a draft model: its columns are two arrays, for the embedding and for the states; and whole numbers.
+PRE_PROJECTION, TOKEN_ORDERING = "pre_projection.weight", "masked_embedding.token_ordering"
 N_HINTS = 5         # problems of a kind that are told with the nearest name
 
 
@@ -29,15 +31,30 @@ def targets(spec, untied_head=False, ple="device"):
             yield Target("per_layer_embed", ((PER_LAYER_EMBED, (spec.per_layer_vocab, width)),))
         yield Target("per_layer_model_projection", (("per_layer_model_projection.weight", (width, hidden)),))
         yield Target("per_layer_norm", (("per_layer_projection_norm.weight", (spec.per_layer_input,)),), is_norm=True)
-    for i, layer in enumerate(spec.layers):
-        at = f"layers.{i}."
-        for name, *parts in _layer_parts(spec, layer):
-            yield Target(at + name, tuple((at + tensor, shape) for tensor, shape in parts),
-                         is_norm=name.endswith(("_norm", "_norm_1")),
-                         in_out=name.startswith("experts_") and layer.moe.in_out)
+    yield from _layer_targets(spec)
     yield Target("norm", (("norm.weight", (hidden,)),), is_norm=True)
     if untied_head:
         yield Target("head", ((HEADS[0], (spec.vocab, hidden)),))
+
+
+def assistant_targets(spec):
+    """Every array of an AssistantSpec that is filled as a model's are, with the checkpoint tensors, in full."""
+    yield Target("head", (("model." + EMBED, (spec.vocab, spec.hidden)),))
+    yield from _layer_targets(spec, "model.")
+    yield Target("norm", (("model.norm.weight", (spec.hidden,)),), is_norm=True)
+    yield Target("post", (("post_projection.weight", (spec.backbone, spec.hidden)),))
+    if spec.n_centroids:
+        yield Target("centroids", (("masked_embedding.centroids.weight", (spec.n_centroids, spec.hidden)),))
+
+
+def _layer_targets(spec, prefix=""):
+    """Those of all layers; prefix: of the checkpoint's names."""
+    for i, layer in enumerate(spec.layers):
+        at = f"layers.{i}."
+        for name, *parts in _layer_parts(spec, layer):
+            yield Target(at + name, tuple((prefix + at + tensor, shape) for tensor, shape in parts),
+                         is_norm=name.endswith(("_norm", "_norm_1")),
+                         in_out=name.startswith("experts_") and layer.moe.in_out)
 
 
 def _layer_parts(spec, layer):
@@ -165,20 +182,41 @@ def account(spec, tensors, ple="device"):
     known.update(name for name in tensors if name.startswith(spec.unused_prefixes) and not (
         spec.media and is_vision(name) and not is_pooling_head(spec.media.tower, name)))
     unused = tuple(name for name in tensors if name not in used and name in known)
-    surplus = [name for name in tensors if name not in used and name not in unused]
-    problems = _with_nearest({name: f"the checkpoint has no {name} {list(shapes[tensor])}"
-                              for tensor, name in names.items() if name not in tensors}, surplus)
-    problems += [f"{name} is {list(tensors[name].shape)}, expected {list(shapes[tensor])} by config.json"
-                 for tensor, name in names.items() if name in tensors and tuple(tensors[name].shape) != shapes[tensor]]
-    problems += _with_nearest({name: f"{name} is not a tensor of {spec.architecture} with {len(spec.layers)} layers"
-                               for name in surplus}, used)
+    expected = {name: shapes[tensor] for tensor, name in names.items()}
+    problems = _problems(expected, unused, tensors, f"{spec.architecture} with {len(spec.layers)} layers")
     table = names.pop(PER_LAYER_EMBED, None) if ple == "host" else None
-    return Account(names, unused, untied_head, tuple(problems), table)
+    return Account(names, unused, untied_head, problems, table)
+
+
+def account_assistant(spec, tensors):
+    """The Account of a draft's tensors against what an AssistantSpec needs."""
+    expected = {tensor: shape for target in assistant_targets(spec) for tensor, shape in target.parts}
+    expected[PRE_PROJECTION] = spec.hidden, 2 * spec.backbone
+    if spec.n_centroids:
+        expected[TOKEN_ORDERING] = (spec.vocab,)
+    unused = tuple(name for name in HEADS[:1] if name in tensors)          # the embedding again
+    problems = _problems(expected, unused, tensors, f"a draft model with {len(spec.layers)} layers")
+    return Account({name: name for name in expected}, unused, problems=problems)
+
+
+def _problems(expected, unused, tensors, what):
+    """What is wrong with the tensors of a checkpoint, a sentence each: `expected` {name: shape} must be there, and no
+    other but those that are unused."""
+    surplus = [name for name in tensors if name not in expected and name not in unused]
+    problems = _with_nearest({name: f"the checkpoint has no {name} {list(shape)}"
+                              for name, shape in expected.items() if name not in tensors}, surplus)
+    problems += [f"{name} is {list(tensors[name].shape)}, expected {list(shape)} by config.json"
+                 for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape]
+    return tuple(problems + _with_nearest({name: f"{name} is not a tensor of {what}" for name in surplus}, expected))
 
 
 def checked_account(spec, tensors, ple="device"):
     """The Account of a checkpoint without problems; raises CheckpointError that tells the first of them."""
-    accounts = account(spec, tensors, ple)
+    return checked(account(spec, tensors, ple))
+
+
+def checked(accounts):
+    """An Account without problems; raises CheckpointError that tells the first of them."""
     if accounts.problems:
         first, *more = accounts.problems
         rest = f" (and {len(more)} more; `python -m engine inspect` lists them)" if more else ""

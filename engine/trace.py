@@ -3,10 +3,12 @@
 from functools import wraps
 from types import SimpleNamespace
 
-OPS = ("add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention", "attention_temperature", "clamp",
-       "embed", "gate_per_layer", "gated_linear", "layer_norm", "linear", "logit_softcap", "mix_per_layer",
-       "moe_combine", "moe_gated_linear", "moe_linear", "moe_route", "place_rows", "pool_rows", "qk_norm_rope_cache",
-       "rms_norm", "rope_angles", "router_norm", "sample", "scale_rows", "select_rows", "top_logprobs")
+OPS = ("accept_drafts", "add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention",
+       "attention_temperature", "candidate_argmax", "candidate_logits", "clamp", "embed", "gate_per_layer",
+       "gated_linear", "layer_norm", "linear", "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear",
+       "moe_linear", "moe_route", "pick_centroids", "place_rows", "pool_rows", "qk_norm_rope_cache", "relax_drafts",
+       "rms_norm", "rope_angles", "router_norm", "sample", "sample_drafts", "sample_with_drafts", "scale_rows",
+       "select_rows", "top_logprobs")
 
 
 def traced(ops, around):

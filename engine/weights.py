@@ -98,27 +98,31 @@ def load(spec, checkpoint, accounts, lane, progress):
     weights = Weights(layers=[LayerWeights() for _ in spec.layers], unused=accounts.unused,
                       vision=VisionWeights.of(spec.media.tower) if spec.media else None,
                       norm_offset=0.0 if lane.folds_norm_offset else spec.norm_offset)
+    text = targets(spec, accounts.untied_head, "device" if accounts.table is None else "host")
     with lane.loading() as fill:
-        def place(target, weights):
-            array, begin = lane.empty(target.shape), 0
-            for tensor, shape, order in target.pieces():
-                end = begin + prod(shape)
-                read = _reader(checkpoint, accounts.names[tensor], progress)
-                fill(array.reshape(-1)[begin:end], _ordered(read, order) if order else read)
-                begin = end
-            if target.is_norm and lane.folds_norm_offset:
-                array += spec.norm_offset
-            owner, _, attribute = target.name.rpartition(".")
-            setattr(weights.layers[int(owner.split(".")[1])] if owner else weights, attribute, array)
-
-        for target in targets(spec, accounts.untied_head, "device" if accounts.table is None else "host"):
-            place(target, weights)
-        for target in media_targets(spec):
-            place(target, weights.vision)
+        offset = spec.norm_offset if lane.folds_norm_offset else 0.0
+        for filled, wanted in ((weights, text), (weights.vision, media_targets(spec))):
+            fill_targets(filled, wanted, checkpoint, accounts.names, lane, fill, progress, offset)
     weights.head = weights.embed if weights.head is None else weights.head
     if accounts.table is not None:
         weights.per_layer_rows = _host_rows(spec, checkpoint, accounts.table, lane.dtype)
     return weights
+
+
+def fill_targets(weights, wanted, checkpoint, names, lane, fill, progress, norm_offset=0.0):
+    """Makes the arrays of Targets members of `weights` and its layers. names: expected tensor → its name in the file;
+    norm_offset: what is added to weights of norms, where there is any."""
+    for target in wanted:
+        array, begin = lane.empty(target.shape), 0
+        for tensor, shape, order in target.pieces():
+            end = begin + prod(shape)
+            read = _reader(checkpoint, names[tensor], progress)
+            fill(array.reshape(-1)[begin:end], _ordered(read, order) if order else read)
+            begin = end
+        if target.is_norm and norm_offset:
+            array += norm_offset
+        owner, _, attribute = target.name.rpartition(".")
+        setattr(weights.layers[int(owner.split(".")[1])] if owner else weights, attribute, array)
 
 
 def _host_rows(spec, checkpoint, name, dtype):

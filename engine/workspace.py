@@ -51,7 +51,7 @@ class Buffers:
     """
 
     def __init__(self, shapes, scratch, lane):
-        self.scratch = scratch
+        self.scratch, self._lane = scratch, lane
         self._buffers = {name: lane.empty((rows * width,), dtype) for name, (rows, width, dtype) in shapes.items()}
         self.rows = lru_cache(maxsize=1024)(self._rows)     # decode asks for the same views at every step
 
@@ -59,6 +59,10 @@ class Buffers:
     def n_bytes_of(shapes, itemsize):
         """What Buffers take beside their scratch, with activations of `itemsize` bytes."""
         return sum(rows * width * (itemsize if dtype is None else 4) for rows, width, dtype in shapes.values())
+
+    def clear_counters(self):
+        """Makes the scratch's counters zero, after an op that did not end."""
+        self._lane.clear(self.scratch.counters)
 
     def flat(self, name, n):
         """[n] view of buffer `name`."""
@@ -99,7 +103,6 @@ class Workspace(Buffers):
         self.max_logit_rows = min(max_logit_rows, max_tokens)
         size = scratch_size(spec, max_tokens, self.max_logit_rows, lane.ops)
         super().__init__(self.shapes(spec, max_tokens, self.max_logit_rows), Scratch.of(size, lane), lane)
-        self._lane = lane
         self.routes = lru_cache(maxsize=64)(self._routes)
 
     @staticmethod
@@ -137,10 +140,6 @@ class Workspace(Buffers):
         k = moe.experts_per_token
         return Routes(self._rows("route_experts", n, k), self._rows("route_weights", n, k),
                       self.flat("route_order", n * k), self.flat("route_begins", moe.n_experts + 1))
-
-    def clear_counters(self):
-        """Makes the scratch's counters zero, after an op that did not end."""
-        self._lane.clear(self.scratch.counters)
 
 
 def _expert_shapes(spec, max_tokens):

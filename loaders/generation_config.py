@@ -46,6 +46,13 @@ def load_generation_config(directory):
     return GenerationConfig(config.ids("eos_token_id"), sampling)
 
 
+def load_suppressed(directory):
+    """The ids that `directory`/generation_config.json suppresses; () without the file. Raises as the other does."""
+    if not (Path(directory) / FILE).is_file():
+        return ()
+    return Config.load(directory, FILE).ids("suppress_tokens")
+
+
 def _number(config, key):
     value = config.values[key]
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):

@@ -67,7 +67,7 @@ def test_every_op_has_a_cost_that_takes_its_arguments():
 def test_of_an_op_by_name():
     x, weight = shaped(3, 16), shaped(16)
     assert cost.of("rms_norm", (x, weight), {"eps": 1e-6, "weight_offset": 0.0, "out": x}) == Cost(2 * 7 * 16)
-    with pytest.raises(ValueError, match=r"no cost of an op 'attend', expected one of add_bias, "):
+    with pytest.raises(ValueError, match=r"no cost of an op 'attend', expected one of accept_drafts, "):
         cost.of("attend", ())
 
 
@@ -210,6 +210,11 @@ def test_sampling_reads_the_logits_once_and_again():
     tops = [cost.top_logprobs(logits, None, n, None, None, None, None) for n in (0, 20)]
     assert [round(top.traffic_bytes / logits.nbytes) for top in tops] == [2, 3]
     assert [top.bytes - logits.nbytes for top in tops] == [2 * 8, 2 * (8 + 20 * 8)]       # of the chosen, of each of 20
+    drafts = cost.sample_drafts(logits, batch, None, logits)
+    tokens = cost.sample_with_drafts(logits, batch, *3 * [None])
+    assert drafts.bytes == got.bytes + logits.nbytes == tokens.bytes - 2 * 4         # a draft each
+    assert [round(op.traffic_bytes / logits.nbytes) for op in (drafts, tokens)] == [5, 5]
+    assert cost.relax_drafts(logits, None, None, 10, 0.6, None).bytes == logits.nbytes + 2 * 9
     edits = LogitEdits.build([(SamplingParams(frequency_penalty=1.0), [], [1, 2, 3], ())] * 2)
     assert cost.apply_edits(logits, edits) == Cost(4 + 6 * 26 + 2 * 12)
 

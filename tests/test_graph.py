@@ -61,6 +61,13 @@ def test_bucket_sizes(max_seqs, sizes):
         min(size for size in sizes if size >= n) for n in range(1, max_seqs + 1)]
 
 
+@pytest.mark.parametrize(("most", "buckets"), [(0, [0]), (1, [0, 1]), (3, [0, 1, 2, 3]), (4, [0, 1, 2, 4, 4]),
+                                               (6, [0, 1, 2, 4, 4, 6, 6])])
+def test_buckets_of_drafts(most, buckets):
+    cache = GraphCache(None, 8, most_drafts=most)
+    assert [cache.draft_bucket(n) for n in range(most + 1)] == buckets
+
+
 def test_eager_then_captured_then_replayed(gpu, lane):
     engine, cache = Engine(lane), GraphCache(lane, 8)
     for i, (x, factor) in enumerate(steps(0)):

@@ -30,7 +30,7 @@ def cache_of(*windows, n_pages, page_size):
 
 
 def sequence_in(cache, n_tokens=0):
-    return SimpleNamespace(page_lists=cache.new_page_lists(), n_cached=0, tokens=list(range(n_tokens)),
+    return SimpleNamespace(page_lists=cache.new_page_lists(), n_cached=0, drafts=[], tokens=list(range(n_tokens)),
                            next_logit=n_tokens - 1, task=SimpleNamespace(hidden=None, samples=False), media=())
 
 

@@ -22,8 +22,8 @@ def fresh(checkpoints):
 
 
 BAD_ARGUMENTS = {
-    "device": ["gpu", "cpu:0", "cuda:x", None], "dtype": ["float16", "bfloat16", np.float32], "draft": ["some/model"],
-    "n_draft_tokens": [-1, 1.5], "max_seq_len": [0, -1, 2.0, True, 129], "max_seqs": [0, 1.5, None, True],
+    "device": ["gpu", "cpu:0", "cuda:x", None], "dtype": ["float16", "bfloat16", np.float32], "draft": [3],
+    "n_draft_tokens": [-1, 17, "many"], "max_seq_len": [0, -1, 2.0, True, 129], "max_seqs": [0, 1.5, None, True],
     "max_batch_tokens": [0, "8"], "page_size": [0, -16, 16.0], "kv_cache_bytes": [0, 1.5], "seed": [-1, 1.0, None],
     "memory_fraction": [0, 1.1, "all", float("nan")], "graphs": ["yes"], "gemm": ["mine"], "draft_sampling": ["greedy"],
     "relaxed_acceptance": [0.5], "prefix_caching": ["on"], "progress": ["yes"],

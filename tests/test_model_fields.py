@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from engine.models import gemma3, gemma4, llama4, vision
+from engine.models import describe, gemma3, gemma4, gemma4_assistant, llama4, vision
 from engine.models.fields import Ignored, Only, Used
 from loaders.config import Config
 from tests import tiny
@@ -45,12 +45,21 @@ GEMMA4 = {**without(tiny.flat("gemma4-e"), "layer_types"), "attention_k_eq_v": T
           **{key: tiny.flat("gemma4-moe")[key] for key in ("enable_moe_block", "num_experts", "top_k_experts",
                                                            "moe_intermediate_size")}}
 GEMMA4_NESTED = {**tiny.seeing("gemma4"), "text_config": without(GEMMA4, "architectures")}
+DRAFT, DRAFT_TARGET = tiny.draft("gemma4"), describe(Config(tiny.flat("gemma4")))
+
+
+def describe_draft(config):
+    return gemma4_assistant.describe_assistant(config, DRAFT_TARGET)
+
+
 PLACES = {
     "gemma3": Place(gemma3.describe_text, gemma3.TEXT_FIELDS, tiny.flat("gemma3")),
     "gemma3 top": Place(gemma3.describe_multimodal, gemma3.MULTIMODAL_FIELDS, tiny.seeing("gemma3")),
     "gemma3 nested": Place(gemma3.describe_multimodal, gemma3.TEXT_FIELDS, tiny.nested("gemma3"), "text_config"),
     "gemma4": Place(gemma4.describe_text, gemma4.TEXT_FIELDS, GEMMA4),
     "gemma4 top": Place(gemma4.describe_multimodal, gemma4.MULTIMODAL_FIELDS, GEMMA4_NESTED),
+    "draft top": Place(describe_draft, gemma4_assistant.FIELDS, DRAFT),
+    "draft nested": Place(describe_draft, gemma4_assistant.TEXT_FIELDS, DRAFT, "text_config"),
     "gemma4 nested": Place(gemma4.describe_multimodal, gemma4.SEEING_TEXT_FIELDS, GEMMA4_NESTED, "text_config"),
     "gemma3 vision": Place(gemma3.describe_multimodal, vision.SIGLIP_FIELDS, tiny.seeing("gemma3"), "vision_config"),
     "gemma4 vision": Place(gemma4.describe_multimodal, vision.GEMMA4_FIELDS, tiny.seeing("gemma4"), "vision_config"),
@@ -222,7 +231,27 @@ def used_on_top(family):
             "tie_word_embeddings": (False if tied is None else None, TRUTH), "eos_token_id": (7, IDS)}
 
 
+# What a draft must share with its target has no other legal value.
+USED_IN_DRAFT = {
+    **{key: (None, USED_IN_GEMMA4[key][1]) for key in (
+        "vocab_size", "num_hidden_layers", "num_key_value_heads", "head_dim", "global_head_dim", "rope_parameters",
+        "num_global_key_value_heads", "attention_k_eq_v", "sliding_window")},
+    **{key: USED_IN_TEXT[key] for key in ("intermediate_size", "num_attention_heads", "rms_norm_eps")},
+    "hidden_size": (24, WHOLE),
+    "layer_types": ([GLOBAL] * 3, ("x", [], [SLIDING] * 2, [SLIDING, SLIDING, "chunked"], [[]] * 3, ABSENT)),
+    "per_layer_config": (None, ("x", {"3": {}}, {"-1": {}}, {"2": 32}, {"2": {"head_dim": 15}}, {"2": {}, "02": {}})),
+    "num_kv_shared_layers": (None, ("3", -1, 2.5, True, [3], 2**63, 1, 2, 4)),
+}
+USED_ON_TOP_OF_DRAFT = {
+    "text_config": (tiny.draft("gemma4", hidden_size=24)["text_config"], ("x", [], ABSENT)),
+    "backbone_hidden_size": (None, (*WHOLE, 48, ABSENT)),
+    "use_ordered_embeddings": (False, TRUTH),
+    "num_centroids": (4, (*WHOLE, 5)),
+    "centroid_intermediate_top_k": (2, (*WHOLE, 9)),
+}
 USED = {
+    "draft top": USED_ON_TOP_OF_DRAFT,
+    "draft nested": USED_IN_DRAFT,
     "gemma3": USED_IN_GEMMA3,
     "gemma3 top": {**seeing_on_top("gemma3", "image_token_index", "boi_token_index", "eoi_token_index"),
                    **dict.fromkeys(["image_token_id", "boi_token_id", "eoi_token_id"], (None, (*TOKEN, 63))),

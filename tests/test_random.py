@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.random import _mix, exp_f32, exponential, log_f32, philox4x32, request_seed, token_words
+from engine.random import _mix, exp_f32, exponential, log_f32, philox4x32, request_seed, token_words, uniform
 
 INCLUDE = Path(__file__).parent.parent / "cuda" / "include"
 
@@ -18,6 +18,7 @@ extern "C" {
 void run_exp(const float* x, float* y, long n) { for (long i = 0; i < n; ++i) y[i] = exp_f32(x[i]); }
 void run_log(const float* x, float* y, long n) { for (long i = 0; i < n; ++i) y[i] = log_f32(x[i]); }
 void run_exponential(const unsigned* w, float* y, long n) { for (long i = 0; i < n; ++i) y[i] = exponential(w[i]); }
+void run_uniform(const unsigned* w, float* y, long n) { for (long i = 0; i < n; ++i) y[i] = uniform(w[i]); }
 void run_philox(const unsigned* counter_key, unsigned* y, long n) {
     for (long i = 0; i < n; ++i) {
         const unsigned* c = counter_key + 6 * i;
@@ -129,7 +130,9 @@ def test_exact_points():
 
 
 def test_extreme_words_stay_finite_and_ordered():
-    ends = exponential(np.array([0, 1, 0xFFFFFF7F, 0xFFFFFF80, 0xFFFFFFFF], np.uint32))
+    words = np.array([0, 1, 0xFFFFFF7F, 0xFFFFFF80, 0xFFFFFFFF], np.uint32)
+    assert uniform(words[[0, 4]]).tolist() == [2.0**-33, 1 - 2.0**-24] and (np.diff(uniform(words)) >= 0).all()
+    ends = exponential(words)
     assert ends[0] == np.float32(2.0**-33)
     np.testing.assert_allclose(ends[-1], 24 * np.log(2), rtol=1e-7)     # the clamp: 16.64, not infinite
     assert (np.diff(ends) >= 0).all()
@@ -196,6 +199,7 @@ def test_cuda_header_has_the_same_bits(compiled):
     assert (compiled("run_log", x, np.int32, x.shape) == log_f32(x).view(np.int32)).all()
     words = word_inputs()
     assert (compiled("run_exponential", words, np.int32, words.shape) == exponential(words).view(np.int32)).all()
+    assert (compiled("run_uniform", words, np.int32, words.shape) == uniform(words).view(np.int32)).all()
 
 
 def test_cuda_header_has_the_same_random_words(compiled):

@@ -25,6 +25,11 @@ def test_the_example_with_pictures_runs_as_pasted(monkeypatch, capsys):
     assert "'lookups': " in run("Pictures and video", monkeypatch, capsys)
 
 
+def test_the_example_with_a_draft_runs_as_pasted(monkeypatch, capsys):
+    out = run("Speculative decoding", monkeypatch, capsys)
+    assert "'tokens_per_check': " in out and "tokens a check" in out
+
+
 def test_the_commands_are_targets_of_the_makefile():
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^    make (\w+)", README, re.M):

@@ -82,6 +82,21 @@ def nested(family, **fields):
     return {**NESTED[family.partition("-")[0]], "text_config": text}
 
 
+def draft(family, **fields):
+    """The config.json of a draft model, with a head of 8 centroids, for the target flat(family), as a dict; `fields`
+    change the text section."""
+    target = flat(family)
+    text = {key: value for key, value in target.items()
+            if key not in ("architectures", "enable_moe_block", "num_experts", "top_k_experts", "moe_intermediate_size",
+                           "use_double_wide_mlp", "vocab_size_per_layer_input", "final_logit_softcapping")}
+    text |= {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3, "num_kv_shared_layers": 3,
+             "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+             "hidden_size_per_layer_input": 0, **fields}
+    return {"architectures": ["Gemma4AssistantForCausalLM"], "model_type": "gemma4_assistant",
+            "backbone_hidden_size": target["hidden_size"], "use_ordered_embeddings": True, "num_centroids": 8,
+            "centroid_intermediate_top_k": 3, "text_config": text}
+
+
 def seeing(family, vision=None, **fields):
     """The config.json of a checkpoint that takes pictures: one of FAMILIES, or "unified"; `vision` changes its vision
     section, `fields` the text section."""

@@ -24,20 +24,28 @@ struct Row {
     int sure_from, listed_from, kth, is_listed;
 };
 
+// What rejection.cu hands on about a row: the least candidate that the filters keep, and what all they keep weigh.
+struct Kept {
+    u64 least;
+    float total;
+};
+
 struct Place {
     Row* row;
+    Kept* kept;
     u64 *mass, *list, *best;
     u32* count;
     int *n_ended, *n_listed;
 };
 
 __device__ __forceinline__ Place place_of(void* scratch, int* counters, int capacity) {
-    const size_t bytes = sizeof(Row) + 8 * N_BINS + 4 * (N_BINS + 1) + (size_t)8 * capacity;
+    const size_t bytes = sizeof(Row) + sizeof(Kept) + 8 * N_BINS + 4 * (N_BINS + 1) + (size_t)8 * capacity;
     unsigned char* at = (unsigned char*)scratch + blockIdx.y * bytes;
     counters += 4 * blockIdx.y;
     Place place;
     place.row = (Row*)at;
-    place.mass = (u64*)(at + sizeof(Row));
+    place.kept = (Kept*)(at + sizeof(Row));
+    place.mass = (u64*)(place.kept + 1);
     place.count = (u32*)(place.mass + N_BINS);
     place.list = (u64*)(place.count + N_BINS + 1);
     place.best = (u64*)counters;
@@ -70,20 +78,22 @@ __device__ __forceinline__ u64 block_max(u64 x) {
     return x;
 }
 
+// Four numbers of a row of `vocab`, from i on, a multiple of 4; 0 where it ends.
+struct Quad { float x[4]; };
+__device__ __forceinline__ Quad load_quad(const float* row, int vocab, int i) {
+    if (vocab % 4 == 0) {
+        const float4 quad = *(const float4*)(row + i);
+        return {{quad.x, quad.y, quad.z, quad.w}};
+    }
+    return {{row[i], i + 1 < vocab ? row[i + 1] : 0.f, i + 2 < vocab ? row[i + 2] : 0.f,
+             i + 3 < vocab ? row[i + 3] : 0.f}};
+}
+
 // f(token, logits of token .. token + 3, how many of them there are) over [begin, end) of a row; begin a multiple of 4.
 template <class F> __device__ __forceinline__ void each_quad(const float* logits, int vocab, int begin, int end, F f) {
     for (int i = begin + 4 * (int)threadIdx.x; i < end; i += 4 * THREADS) {
-        float4 quad = {0.f, 0.f, 0.f, 0.f};
-        if (vocab % 4 == 0) {
-            quad = *(const float4*)(logits + i);
-        } else {
-            quad.x = logits[i];
-            if (i + 1 < vocab) quad.y = logits[i + 1];
-            if (i + 2 < vocab) quad.z = logits[i + 2];
-            if (i + 3 < vocab) quad.w = logits[i + 3];
-        }
-        const float logit[4] = {quad.x, quad.y, quad.z, quad.w};
-        f(i, logit, min(4, vocab - i));
+        const Quad quad = load_quad(logits, vocab, i);
+        f(i, quad.x, min(4, vocab - i));
     }
 }
 
@@ -105,6 +115,11 @@ __device__ __forceinline__ u32 order_of(float x, u32 of_nan) {
     if (is_nan(x)) return of_nan;
     if (bits << 1 == 0) return 0x80000000u;
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+// The largest is NumPy's argmax: the first NaN, else the first largest.
+__device__ __forceinline__ u64 leader(float logit, int token) {
+    return (u64)order_of(logit, 0xFFFFFFFFu) << 32 | ~(u32)token;
 }
 
 // The rank of a token's weight, or -1 where the token is dropped.
@@ -138,6 +153,7 @@ __device__ __forceinline__ u64 mass_of(u32 n, u64 excess, u32 rank) {
 __device__ __forceinline__ u64 candidate_of(i64 rank, int token) {
     return (u64)rank << ID_BITS | (ID_MASK - (u64)token);
 }
+__device__ __forceinline__ int rank_at(u64 candidate) { return (int)(candidate >> ID_BITS); }
 __device__ __forceinline__ int token_of(u64 candidate) { return (int)(ID_MASK - (candidate & ID_MASK)); }
 
 struct Bin { u32 count; u64 mass; };

@@ -4,7 +4,8 @@
 //   token_word(...)            the random word of one token: a function of (seed, position, domain, token) alone
 //   exp_f32(x)                 e^x for -87 <= x <= 88, within 1.36 ulp; e^0 is exactly 1
 //   log_f32(x)                 ln x for positive normal x, within 1.8 ulp; ln 1 is exactly 0
-//   exponential(word)          -ln(1 - x), x = min((word + 1/2) * 2^-32, 1 - 2^-24): within 3.2 ulp, 1.16e-10 .. 16.64
+//   uniform(word)              x = min((word + 1/2) * 2^-32, 1 - 2^-24): never 0, never 1
+//   exponential(word)          -ln(1 - uniform(word)): within 3.2 ulp, 1.16e-10 .. 16.64
 //
 // Every float operation is one IEEE single operation, rounded to nearest, in the order written: on the device through
 // intrinsics that the compiler may not fuse, on the host with -ffp-contract=off. Flushing subnormals (-ftz=true)
@@ -89,10 +90,14 @@ RANDOM_FN float log_f32(float x) {
     return log_of_parts(sub_f32(split_mantissa(x, n), 1.f), n);
 }
 
-RANDOM_FN float exponential(unsigned int word) {
-    float x = mul_f32(add_f32((float)word, 0.5f), 2.3283064365386962890625e-10f);        // 2^-32
+RANDOM_FN float uniform(unsigned int word) {
+    const float x = mul_f32(add_f32((float)word, 0.5f), 2.3283064365386962890625e-10f);  // 2^-32
     const float below_one = 0.999999940395355224609375f;                                 // 1 - 2^-24
-    x = x < below_one ? x : below_one;
+    return x < below_one ? x : below_one;
+}
+
+RANDOM_FN float exponential(unsigned int word) {
+    const float x = uniform(word);
     const float y = sub_f32(1.f, x);
     const int n = split_exponent(y);
     return -log_of_parts(n == 0 ? -x : sub_f32(split_mantissa(y, n), 1.f), n);           // near 1, y has lost bits of x

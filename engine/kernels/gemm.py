@@ -201,6 +201,7 @@ def layer_shapes(spec):
     """The same without the head, whose product is taken of the rows whose logits are wanted only, and without experts,
     which have kernels of their own."""
     hidden, per_layer = spec.hidden, spec.per_layer_input
+    yield from spec.projections
     if per_layer:
         yield spec.per_layer_width, hidden
     for layer in spec.layers:

@@ -3,26 +3,31 @@
 from types import SimpleNamespace
 
 from engine.errors import ConfigError
-from engine.kernels import cublas, gemm, moe, paged, sampling
+from engine.kernels import centroids, cublas, gemm, moe, paged, sampling
 from engine.kernels.activation import add_bias, clamp, gate_per_layer, logit_softcap
 from engine.kernels.attention import MOST_GROUP, MOST_HEAD_DIM, MULTIPLE, attention
+from engine.kernels.centroids import candidate_argmax, candidate_logits, pick_centroids
 from engine.kernels.embedding import add_rows, embed, place_rows, pool_rows, scale_rows, select_rows
 from engine.kernels.gemm import gated_linear, linear
 from engine.kernels.moe import MOST_CHOSEN, MOST_EXPERTS, moe_combine, moe_gated_linear, moe_linear, moe_route
+from engine.kernels.rejection import accept_drafts, relax_drafts, sample_drafts, sample_with_drafts
 from engine.kernels.rmsnorm import MOST_HIDDEN, add_norm, add_norms, layer_norm, mix_per_layer, rms_norm, router_norm
 from engine.kernels.rope import attention_temperature, qk_norm_rope_cache, rope_angles
 from engine.kernels.sampling import apply_edits, sample, top_logprobs
+from engine.models.gemma4_assistant import AssistantSpec
 from engine.models.vision_spec import BlockEmbedderSpec
 
-__all__ = ["add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention", "attention_temperature",
-           "check", "clamp", "embed", "explain", "gate_per_layer", "gated_linear", "layer_norm", "linear",
-           "logit_softcap", "mix_per_layer", "moe_combine", "moe_gated_linear", "moe_linear", "moe_route",
-           "place_rows", "pool_rows", "qk_norm_rope_cache", "rms_norm", "rope_angles", "router_norm", "sample",
-           "scale_rows", "scratch_size", "select_rows", "top_logprobs", "vision_scratch_size"]
+__all__ = ["accept_drafts", "add_bias", "add_norm", "add_norms", "add_rows", "apply_edits", "attention",
+           "attention_temperature", "candidate_argmax", "candidate_logits", "check", "clamp", "embed", "explain",
+           "gate_per_layer", "gated_linear", "layer_norm", "linear", "logit_softcap", "mix_per_layer", "moe_combine",
+           "moe_gated_linear", "moe_linear", "moe_route", "pick_centroids", "place_rows", "pool_rows",
+           "qk_norm_rope_cache", "relax_drafts", "rms_norm", "rope_angles", "router_norm", "sample", "sample_drafts",
+           "sample_with_drafts", "scale_rows", "scratch_size", "select_rows", "top_logprobs", "vision_scratch_size"]
 
 
 def scratch_size(spec, max_tokens, max_logit_rows):
-    """(floats, counters) of the Scratch that the ops of a ModelSpec want: the most that one of them wants."""
+    """(floats, counters) of the Scratch that the ops of a ModelSpec or AssistantSpec want: the most that one of them
+    wants."""
     sizes = [sampling.scratch_size(max_logit_rows, spec.vocab)]
     sizes += [gemm.scratch_size(*shape, max_tokens) for shape in gemm.layer_shapes(spec)]
     sizes.append(gemm.scratch_size(spec.vocab, spec.hidden, max_logit_rows))
@@ -62,7 +67,9 @@ def with_cublas():
 
 
 def check(spec):
-    """Raises ConfigError for a ModelSpec with a size that no kernel takes."""
+    """Raises ConfigError for a ModelSpec, or the AssistantSpec of a draft, with a size that no kernel takes."""
+    if type(spec) is AssistantSpec:
+        centroids.check(spec.n_centroids)
     if spec.hidden > MOST_HIDDEN:
         raise ConfigError(f"hidden_size is {spec.hidden}: the norm kernels take up to {MOST_HIDDEN}; device='cpu' "
                           "takes any")

@@ -133,6 +133,21 @@ def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_v
     return WorkPlan(items(is_decode, geometry(head_dim, True)), items(~is_decode, geometry(head_dim, False)))
 
 
+def plan_drafts(ranges, *, n_heads, n_kv_heads, head_dim, window=None):
+    """The decode list for one query of each sequence whose position only the device knows: int32 [n, ITEM].
+
+    ranges  [(least, greatest)] position that the query of each sequence may have; its context_lens is one more
+    window  as attention takes it
+    Key tiles that turn out not to be seen change no bit, and none of their keys is looked up: ranges do not show.
+    """
+    group, keys = n_heads // n_kv_heads, geometry(head_dim, True).keys
+    assert group <= TILE_ROWS, f"{group} query heads of a KV head are more than a row tile"
+    tiles = tuple([(max(0, least - (window or NO_LIMIT) + 1) // keys, greatest // keys + 1)
+                   for least, greatest in ranges])
+    return _decode_items(tiles, -(-group // UNIT_ROWS), n_kv_heads, split_keys(n_kv_heads, window) // keys,
+                         max_units(n_kv_heads, head_dim), N_BLOCKS)
+
+
 @lru_cache(maxsize=16)
 def _decode_items(tiles, units_of_part, *limits):
     """The items of sequences that decode one token each. tiles: a (begin, end) of key tiles each, which stay the same

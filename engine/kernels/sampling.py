@@ -11,7 +11,7 @@ from engine.workspace import MOST_TOP
 THREADS = 256
 N_BINS = 44 * 32 + 1        # of weights: 32 for each power of two up to 2**44, and one for 2**44 itself
 LISTED = 4096               # tokens of one row that are sorted out without another look at its logits
-ROW_BYTES = 24
+ROW_BYTES = 40              # of Row and Kept
 COUNTERS = 4                # a row
 BINS_BYTES = 12 * (N_BINS + 1)              # in shared memory: the bins of a row,
 DIGITS_BYTES = 8192                         # and counters for 10 bits of a number, or MOST_TOP numbers to sort
@@ -27,7 +27,7 @@ SMEM = {COUNT_WEIGHTS: BINS_BYTES, DRAW: BINS_BYTES + DIGITS_BYTES, SUM_WEIGHTS:
 
 
 def scratch_size(n_rows, vocab):
-    """(n_floats, n_counters) of scratch that sample and top_logprobs use."""
+    """(n_floats, n_counters) of scratch that sample, top_logprobs and the ops of rejection.py use."""
     row_bytes = ROW_BYTES + 8 * N_BINS + 4 * (N_BINS + 1) + 8 * _capacity(vocab)
     return n_rows * row_bytes // 4, n_rows * COUNTERS
 
@@ -59,9 +59,9 @@ def apply_edits(logits, edits):
                  is_banned=(edits.is_banned, "capacity", bits), repetition=(edits.repetition, "n_rows", f32),
                  presence=(edits.presence, "n_rows", f32), frequency=(edits.frequency, "n_rows", f32),
                  n_edits=(edits.n_edits, "1", i32))
-    _launch(APPLY_EDITS, (-(-dims.capacity // THREADS),), logits, edits.row, edits.token, edits.bias, edits.is_seen,
-            edits.n_in_output, edits.is_banned, edits.repetition, edits.presence, edits.frequency, edits.n_edits,
-            dims.vocab)
+    launch(APPLY_EDITS, (-(-dims.capacity // THREADS),), logits, edits.row, edits.token, edits.bias, edits.is_seen,
+           edits.n_in_output, edits.is_banned, edits.repetition, edits.presence, edits.frequency, edits.n_edits,
+           dims.vocab)
 
 
 def sample(logits, batch, out, scratch, domain=0):
@@ -74,15 +74,27 @@ def sample(logits, batch, out, scratch, domain=0):
     domain   which family of random words: 0 sample, 1 draft proposal, 3 residual
     Raises ShapeError. Source: engine/sampler.py, whose tokens these are.
     """
+    dims = match("sample", logits=(logits, "n_rows vocab", np.float32), out=(out, "n_rows", np.int32),
+                 **columns(batch))
+    grid, sizes, filters = count_weights("sample", dims, logits, batch, out, scratch)
+    launch(DRAW, grid, logits, *filters, batch.least_weight, batch.seed, batch.position, out, *scratch, *sizes, domain)
+
+
+def columns(batch):
+    """What match() takes of a SamplingBatch."""
     fields = {"is_greedy": np.bool_, "inverse_temperature": np.float32, "top_k": np.int32, "top_p": np.int64,
               "least_weight": np.int64, "seed": np.uint64, "position": np.int64}
-    dims = match("sample", logits=(logits, "n_rows vocab", np.float32), out=(out, "n_rows", np.int32),
-                 **{name: (getattr(batch, name), "n_rows", dtype) for name, dtype in fields.items()})
-    grid, sizes = _geometry("sample", dims, scratch)
+    return {name: (getattr(batch, name), "n_rows", dtype) for name, dtype in fields.items()}
+
+
+def count_weights(op, dims, logits, batch, out, scratch):
+    """The first half of a draw: out = the argmax, and in scratch the bins with a cut. Returns the grid and the sizes of
+    further launches, and the arguments that they begin with after logits."""
+    grid, sizes = geometry(op, dims, scratch)
     filters = batch.is_greedy, batch.inverse_temperature, batch.top_k, batch.top_p
-    _launch(LARGEST_LOGIT, grid, logits, out, *scratch, *sizes)
-    _launch(COUNT_WEIGHTS, grid, logits, *filters, *scratch, *sizes)
-    _launch(DRAW, grid, logits, *filters, batch.least_weight, batch.seed, batch.position, out, *scratch, *sizes, domain)
+    launch(LARGEST_LOGIT, grid, logits, out, *scratch, *sizes)
+    launch(COUNT_WEIGHTS, grid, logits, *filters, *scratch, *sizes)
+    return grid, sizes, filters
 
 
 def top_logprobs(logits, chosen, n, out_chosen, out_ids, out_logprobs, scratch):
@@ -104,14 +116,15 @@ def top_logprobs(logits, chosen, n, out_chosen, out_ids, out_logprobs, scratch):
     if not 0 <= n <= min(dims.vocab, MOST_TOP):
         raise ShapeError(f"top_logprobs: n is {n}, expected 0 .. {min(dims.vocab, MOST_TOP)}; engine.sampler finds "
                          "more")
-    grid, sizes = _geometry("top_logprobs", dims, scratch)
-    _launch(LARGEST_LOGIT, grid, logits, None, *scratch, *sizes)
-    _launch(SUM_WEIGHTS, grid, logits, chosen, out_chosen, *scratch, *sizes, n)
+    grid, sizes = geometry("top_logprobs", dims, scratch)
+    launch(LARGEST_LOGIT, grid, logits, None, *scratch, *sizes)
+    launch(SUM_WEIGHTS, grid, logits, chosen, out_chosen, *scratch, *sizes, n)
     if n:
-        _launch(LIST_LIKELIEST, grid, logits, out_ids, out_logprobs, *scratch, *sizes, n)
+        launch(LIST_LIKELIEST, grid, logits, out_ids, out_logprobs, *scratch, *sizes, n)
 
 
-def _launch(kernel, grid, *args):
+def launch(kernel, grid, *args):
+    """Runs a kernel of sampling.cu over a grid of blocks."""
     kernel(**CONSTANTS).launch(grid, (THREADS,), args, smem=SMEM.get(kernel, 0))
 
 
@@ -119,7 +132,7 @@ def _capacity(vocab):
     return min(vocab, LISTED)
 
 
-def _geometry(op, dims, scratch):
+def geometry(op, dims, scratch):
     """(grid, (vocab, chunk, capacity)) of a launch over all rows."""
     if not 1 <= dims.vocab <= MAX_VOCAB:
         raise ShapeError(f"{op}: logits are [{dims.n_rows}, {dims.vocab}], expected vocab in 1 .. {MAX_VOCAB}")

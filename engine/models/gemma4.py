@@ -134,7 +134,7 @@ def _layers(config, absent, media):
     """The LayerSpecs. Layers from the first shared one on read the K and V of the last layer of their kind before it,
     and may have MLPs of twice the width."""
     kinds = layer_types(config, 6)
-    attentions = list(_attentions(config, kinds, absent, media))
+    attentions = list(attention_specs(config, kinds, absent["sliding_window"], media, absent is ABSENT_UNIFIED))
     n_shared = config.int("num_kv_shared_layers", 0, least=0)
     first = len(kinds) - n_shared
     producers = {kind: i for i, kind in enumerate(kinds[:max(first, 0)])}
@@ -159,7 +159,7 @@ def _mlp(config, dense):
                    config.int("moe_intermediate_size"), dense, routing="softmax")
 
 
-def _attentions(config, kinds, absent, media):
+def attention_specs(config, kinds, default_window, media=None, sees_whole_blocks=False):
     """The AttentionSpec of each layer. Released files give global layers their sizes in `global_head_dim` and
     `num_global_key_value_heads`; files re-saved by transformers 5 in `per_layer_config` instead, by layer number, and
     a layer that it leaves out has the sizes of a sliding one.
@@ -177,9 +177,9 @@ def _attentions(config, kinds, absent, media):
         sizes[GLOBAL] = (n_global if v_is_k else n_kv_heads, head_dim(config, "global_head_dim", 512))
     own = _per_layer(config, len(kinds))
     ropes = _ropes(config.section("rope_parameters", None))
-    window = config.int("sliding_window", absent["sliding_window"])
+    window = config.int("sliding_window", default_window)
     sees_blocks = media is not None and config.values.get("use_bidirectional_attention") == "vision"
-    is_whole = sees_blocks and absent is ABSENT_UNIFIED
+    is_whole = sees_blocks and sees_whole_blocks
     for i, kind in enumerate(kinds):
         n_kv_heads, dim = sizes[kind]
         if i in own:

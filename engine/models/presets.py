@@ -1,10 +1,12 @@
 """Shapes by name: the config.json of released models, as far as text and vision go.
 
 Gemma 3: the technical report (arXiv:2503.19786) and the files of google/gemma-3-*; 4B leaves out whatever equals the
-class default. Gemma 4: google/gemma-4-*. Llama 4: meta-llama/Llama-4-*-Instruct.
+class default. Gemma 4: google/gemma-4-*; their drafts: sizes published second-hand, which agree with the published
+numbers of parameters. Llama 4: meta-llama/Llama-4-*-Instruct.
 """
 
 from engine.errors import ConfigError
+from engine.models.gemma4_assistant import describe_assistant
 from engine.models.registry import describe
 from loaders.config import Config
 
@@ -128,6 +130,37 @@ PRESETS = {
         interleave_moe_layer_step=2, max_position_embeddings=1048576, num_local_experts=128, use_qk_norm=False,
         rope_scaling=None),
 }
+
+
+def _assistant(backbone, n_heads, n_kv_heads, n_global_kv_heads, hidden, intermediate, window):
+    """Small ones have a head of centroids, and targets whose K and V differ."""
+    is_large = hidden > 256
+    return {"architectures": ["Gemma4AssistantForCausalLM"], "model_type": "gemma4_assistant",
+            "backbone_hidden_size": backbone, "use_ordered_embeddings": not is_large, "num_centroids": 2048,
+            "centroid_intermediate_top_k": 32,
+            "text_config": {
+                "model_type": "gemma4_text", "hidden_size": hidden, "intermediate_size": intermediate,
+                "num_hidden_layers": 4, "layer_types": [SLIDING] * 3 + [GLOBAL], "num_attention_heads": n_heads,
+                "num_key_value_heads": n_kv_heads, "num_global_key_value_heads": n_global_kv_heads, "head_dim": 256,
+                "global_head_dim": 512, "sliding_window": window, "attention_k_eq_v": is_large, "vocab_size": 262144,
+                "num_kv_shared_layers": 4, "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}}
+
+
+# The draft model that was released for a preset. What is public of 12B's does not say its sizes.
+DRAFTS = {
+    "gemma-4-e2b": _assistant(1536, 4, 1, None, 256, 2048, 512),
+    "gemma-4-e4b": _assistant(2560, 4, 2, None, 256, 2048, 512),
+    "gemma-4-26b-a4b": _assistant(2816, 16, 8, 2, 1024, 8192, 1024),
+    "gemma-4-31b": _assistant(5376, 32, 16, 4, 1024, 8192, 1024),
+}
+
+
+def draft_preset(name, target=None):
+    """The AssistantSpec of the draft released for a preset; target: the ModelSpec that it reads, the preset's, or its
+    first layers. Raises ConfigError where none was, or where `target` lacks the layers that it reads."""
+    if name not in DRAFTS:
+        raise ConfigError(f"no draft model of {name!r} is known, expected one of {', '.join(DRAFTS)}")
+    return describe_assistant(Config(DRAFTS[name], f"the draft of {name}"), target or preset(name))
 
 
 def preset(name):

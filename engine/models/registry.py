@@ -1,6 +1,7 @@
 """Supported checkpoints, one row each; everything else refuses at load, by name."""
 
 from engine.models import gemma3, gemma4, llama4
+from engine.models.gemma4_assistant import draft_type
 
 ARCHITECTURES = {
     "Gemma3ForCausalLM": gemma3.describe_text,
@@ -25,6 +26,8 @@ MODEL_TYPES = {
 
 def describe(config):
     """The ModelSpec of a loaders Config. Raises ConfigError for an architecture or a field it does not support."""
+    if draft_type(config):
+        raise config.error("architectures", "a model that generates: this one drafts for another, pass it as `draft`")
     named = config.list("architectures", [])
     if not named and "model_type" in config:
         named = [MODEL_TYPES[config.str("model_type", one_of=tuple(MODEL_TYPES))]]

@@ -223,6 +223,8 @@ class ModelSpec:
         layers = (replace(layer, attention=replace(layer.attention, **plain)) for layer in self.layers)
         return replace(self, media=None, layers=tuple(layers))
 
+    projections = ()            # (n_rows, n_in) of matrices beside those of layers, head and per-layer inputs
+
     @property
     def first_shared(self):
         """Number of the first layer that reads another's K and V, as all behind it do; None where no layer does."""

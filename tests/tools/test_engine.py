@@ -107,7 +107,7 @@ def test_verify_samples_what_each_position_says():
     core, _ = core_of(spec_of("gemma4", tie_word_embeddings=False), "verify=2*9")
     with seated(core, [(2, 9, 9)], np.random.default_rng(5)) as sequences:
         batch = step_of(core, sequences, True)()
-        tokens = [token for token, _ in core.step.run(batch)]
+        tokens = [token for token, _ in core.step.run(batch).slots]
         ids = [sequence.tokens for sequence in sequences]
     probes = [Probe(9, 0, core.spec, False) for _ in ids]
     for row, probe in zip(ids, probes, strict=True):
@@ -165,7 +165,7 @@ def test_recorded_ops_are_the_steps_and_cost_at_least_the_floor(family, text, n_
         batch = step_of(core, sequences, case.label == "verify")()
         before = core.step.ops, core.step.layers.ops, core.step.graphs
         with recording(core) as calls:
-            expected = core.step.run(batch)
+            expected = core.step.run(batch).slots
         assert (core.step.ops, core.step.layers.ops, core.step.graphs) == before
         ops = ops_of(calls, core, batch)
         logits = core.workspace.rows("logits", need.n_logits, spec.vocab)
@@ -337,7 +337,8 @@ def test_a_decode_case_on_a_gpu_is_replayed_as_the_graph_pads_it(bench_json, gpu
     assert found["step", "linear qkv"].shape["n_rows"] == 4         # its bucket
     assert any("in a cache" in note for note in found["step", "linear qkv"].notes)
     assert not [note for row in rows for note in row.notes if "eager" in note or "one by one" in note]
-    assert sections(rows, "verify=2*2@20")["engine", "step"].notes == ("checking drafted tokens is no graph yet",)
+    assert sections(rows, "verify=2*2@20")["engine", "step"].notes == (
+        "the target's rows alone, each sampled: no draft model, no graph",)
 
 
 def test_figures_follow_from_the_times(bench_json, gpu, monkeypatch):

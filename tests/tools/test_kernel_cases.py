@@ -24,8 +24,9 @@ from tests import tiny
 BF16 = np.dtype(ml_dtypes.bfloat16)
 MORE = ["gemma3", "unified"]            # tiny presets beside the one with all kinds of layers
 PLACE_OF_OUT = {"rms_norm": 4, "embed": 3, "moe_gated_linear": 3, "moe_linear": 3, "add_norms": 6, "router_norm": 4,
-                "mix_per_layer": 5, "gate_per_layer": 3, "attention_temperature": 3, "layer_norm": 4, "add_rows": 3,
-                "place_rows": 3, "pool_rows": 5}        # else 2
+                "mix_per_layer": 5, "gate_per_layer": 3, "attention_temperature": 3, "sample_with_drafts": 4,
+                "relax_drafts": 5, "pick_centroids": 1, "candidate_argmax": 4, "candidate_logits": 4, "layer_norm": 4,
+                "add_rows": 3, "place_rows": 3, "pool_rows": 5}         # else 2
 # Of engine/kernels/ops.py, what is no op.
 ABOUT_SPECS = {"check", "explain", "scratch_size", "vision_scratch_size"}
 
@@ -175,6 +176,10 @@ def written(op, args, kwargs):
         return [args[0]]
     if op == "moe_route":
         return list(args[3])
+    if op == "accept_drafts":
+        return list(args[5])
+    if op == "sample_drafts":
+        return list(args[2:4])
     return [kwargs["out"] if "out" in kwargs else args[PLACE_OF_OUT.get(op, 2)]]
 
 

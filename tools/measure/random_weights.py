@@ -15,7 +15,7 @@ from math import prod
 import ml_dtypes
 import numpy as np
 
-from engine.tensors import HEADS, PREFIXES, targets
+from engine.tensors import HEADS, PRE_PROJECTION, PREFIXES, TOKEN_ORDERING, assistant_targets, targets
 from measure.report import BenchError
 
 POOL = 1 << 22          # drawn values: 8 MB in bfloat16
@@ -94,6 +94,29 @@ class RandomCheckpoint:
         self.read_range(name, 0, out.size, out.reshape(-1))
         out.flags.writeable = False
         return out
+
+
+class RandomDraft(RandomCheckpoint):
+    """The same of an AssistantSpec. Its tokens are in random order."""
+
+    def __init__(self, spec, seed=0):
+        self.tensors, self._values = {}, Values(seed + 1)
+        self._ordering = np.random.default_rng(seed).permutation(spec.vocab)
+        shapes = {PRE_PROJECTION: (spec.hidden, 2 * spec.backbone)}
+        means = {}
+        for target in assistant_targets(spec):
+            shapes |= dict(target.parts)
+            if target.is_norm:
+                means |= dict.fromkeys(dict(target.parts), _multiplier(spec, target))
+        for name, shape in shapes.items():
+            mean = means.get(name, float(len(shape) == 1))
+            std = SPREAD if name in means else 0.0 if len(shape) == 1 else shape[-1] ** -0.5
+            self.tensors[name] = RandomTensor(name, shape, len(self.tensors), mean, std)
+        if spec.n_centroids:
+            self.tensors[TOKEN_ORDERING] = RandomTensor(TOKEN_ORDERING, (spec.vocab,), len(self.tensors), 0.0, 0.0)
+
+    def view(self, name):
+        return self._ordering if name == TOKEN_ORDERING else super().view(name)
 
 
 def _moments(spec, target, shape):

@@ -2,6 +2,7 @@
 
     bench.py serve --preset gemma-3-1b --rate 4,16,inf --requests 64 --input 512 --output 128
     bench.py serve --preset gemma-3-270m --lane cpu --rate inf --max-concurrency 4 --shared-prefix 256
+    bench.py serve --model DIR --draft DIR --n-draft-tokens 2,4,auto
 
 Requests are due at random (Poisson) times, and sent when they are; one thread submits, steps and looks at the clock.
 ttft (to the first token) counts from when a request was due, so what it waits for a step to end counts; under
@@ -9,12 +10,17 @@ ttft (to the first token) counts from when a request was due, so what it waits f
 itl the time between two of its tokens. Figures are of the steady state: from the end of the first request to the last
 arrival. output counts generated tokens, total those of prompts too; goodput is requests per second that keep both
 --slo-ttft and --slo-tpot; busy is the share of the time in which a step runs, running the sequences in one.
+
+With a draft model each trace is also played without drafts, and every request must have the same text with them. A
+check judges the drafts of a sequence and gives at least one token; itl is 0 between tokens of one check.
 """
 
 import gc
 import math
+from contextlib import nullcontext
 
 from measure.cases import whole
+from measure.drafts import add_draft_arguments, draft_of, draft_stats, most_of
 from measure.models import add_model_arguments, add_ple, models_of
 from measure.report import BenchError, Row
 from measure.requests.arrivals import draw_requests, longest
@@ -62,6 +68,7 @@ def share(text):
 
 def add_arguments(parser):
     add_model_arguments(parser)
+    add_draft_arguments(parser)
     add_ple(parser)
     parser.set_defaults(repeats=1)          # the requests of a trace are samples already
     parser.add_argument("--requests", type=whole(1), default=64, metavar="N", help="of a trace")
@@ -95,26 +102,55 @@ def run(args, report):
 
 
 def serve_model(args, report, model, lane):
-    """Opens the model, warms it up, and plays every rate `repeats` times, in turns."""
+    """Opens the model, warms it up, and plays every rate `repeats` times, in turns, without drafts and with as many as
+    asked for."""
     trace_of(args, model.spec.vocab, args.rate[0], 0)       # what is wrong with it shows before minutes of work
-    core = core_for(args, model, lane)
-    warm_up(core, args)
-    values = {rate: [] for rate in args.rate}
-    notes = {rate: [] for rate in args.rate}
-    with report.bar(len(args.rate) * args.repeats * args.requests, f"{model.name}: requests") as bar:
+    draft = draft_of(args, model, report)
+    counts = [0, *(args.n_draft_tokens if draft else ())]
+    core = core_for(args, model, lane, draft)
+    for n_drafts in counts:
+        set_drafts(core, n_drafts)
+        warm_up(core, args)
+    cases = [(rate, n_drafts) for rate in args.rate for n_drafts in counts]
+    values, notes, texts = {case: [] for case in cases}, {case: [] for case in cases}, {}
+    with report.bar(len(cases) * args.repeats * args.requests, f"{model.name}: requests") as bar:
         for repeat in range(args.repeats):
-            for rate in args.rate:
-                played = play(trace_of(args, model.spec.vocab, rate, repeat), core.loop, task_maker(core),
+            for rate, n_drafts in cases:
+                set_drafts(core, n_drafts)
+                tasks = []
+                played = play(trace_of(args, model.spec.vocab, rate, repeat), core.loop, task_maker(core, tasks),
                               args.max_concurrency, bar.update)
+                check_texts(tasks, texts.setdefault((rate, repeat), tasks))
                 found, window = stats_of(played, args.slo_ttft, args.slo_tpot)
-                values[rate].append(found | {"window": (window.seconds, "s", "")})
-                if window.note and window.note not in notes[rate]:
-                    notes[rate].append(window.note)
-    for rate in args.rate:
+                said = [window.note]
+                if n_drafts:
+                    stats, more = draft_stats(core.control.health.stats())
+                    found |= {name: (stat.median, stat.unit, stat.better) for name, stat in stats.items()}
+                    said += more
+                values[rate, n_drafts].append(found | {"window": (window.seconds, "s", "")})
+                notes[rate, n_drafts] += [note for note in said if note and note not in notes[rate, n_drafts]]
+    for rate, n_drafts in cases:
+        of = notes[rate, n_drafts]
         if args.shared_prefix:
-            notes[rate].append("there is no prefix cache yet: the shared prefix is computed for every request")
-        notes[rate] += [f"decode steps of {bucket} ran eagerly: {why}" for bucket, why in core.graphs.failures.items()]
-        report.add(Row("serve", model.name, shape_of(args, model, rate), stats_over(values[rate]), notes[rate]))
+            of.append("there is no prefix cache yet: the shared prefix is computed for every request")
+        of += [f"decode steps of {bucket} ran eagerly: {why}" for bucket, why in core.graphs.failures.items()]
+        shape = shape_of(args, model, rate) | ({"n_draft_tokens": n_drafts} if draft else {})
+        report.add(Row("serve", model.name, shape, stats_over(values[rate, n_drafts]), of))
+
+
+def set_drafts(core, n_drafts):
+    """From now on so many tokens are drafted, an int or "auto", and what became of them is counted anew."""
+    from engine.draft_health import DraftHealth
+    if core.control:
+        core.control.wanted, core.control.health = n_drafts, DraftHealth()
+        core.control.health.has_warned = True               # random weights hardly ever agree, and the row says it
+
+
+def check_texts(tasks, expected):
+    """Raises BenchError unless each request has the text of its number among `expected`."""
+    for number, (task, other) in enumerate(zip(tasks, expected, strict=True)):
+        if task.output.token_ids != other.output.token_ids:
+            raise BenchError(f"drafts change the text of request {number}; no figure is kept")
 
 
 def shape_of(args, model, rate):
@@ -131,33 +167,43 @@ def trace_of(args, vocab, rate, repeat):
                          args.shared_prefix)
 
 
-def core_for(args, model, lane):
-    """The Core for the longest request there may be."""
+def core_for(args, model, lane, draft=None):
+    """The Core for the longest request there may be, and the Draft beside it."""
     from engine.config import EngineConfig
     from engine.core import Core
     n_longest = sum(longest(mean, args.length_spread) for mean in (args.input, args.output))
+    most = most_of(args.n_draft_tokens) if draft else 0
+    options = {"draft": str(draft.path or "random weights"), "n_draft_tokens": most} if draft else {}
+    of_warming = min(2 * args.max_seqs * (1 + most) + 1, model.spec.max_positions)
     config = EngineConfig(device=args.lane, max_seqs=args.max_seqs, max_batch_tokens=args.max_batch_tokens,
-                          max_seq_len=max(n_longest, 2 * args.max_seqs + 1), ple=args.ple)
-    with model.checkpoint(args.seed) as checkpoint:
-        return Core.open(model.spec, config, lane, checkpoint)
+                          max_seq_len=max(n_longest, of_warming), ple=args.ple, **options)
+    with model.checkpoint(args.seed) as checkpoint, draft.checkpoint(args.seed) if draft else nullcontext() as other:
+        return Core.open(model.spec, config, lane, checkpoint, draft=draft and (draft.spec, other))
 
 
-def task_maker(core):
-    """task_of for `play`: greedy, to the length asked for."""
+def task_maker(core, tasks=None):
+    """task_of for `play`: greedy, to the length asked for. tasks: a list that gets them, in order."""
     from engine.sampling_params import SamplingParams
     from engine.tasks import Generation
 
     def task_of(number, request):
         params = SamplingParams(max_tokens=request.n_output, temperature=0, ignore_eos=True)
-        return Generation(list(request.tokens), params, number, (), None, core.plan.max_seq_len)
+        task = Generation(list(request.tokens), params, number, (), None, core.plan.max_seq_len)
+        if tasks is not None:
+            tasks.append(task)
+        return task
     return task_of
 
 
 def warm_up(core, args):
     """Runs a whole prompt, then decode steps of every batch size twice: a graph is captured the second time. A prompt
-    of one token is a decode step already, and every second step one of them ends."""
+    of one token is a decode step already, and every second step, or later, one of them ends, however many drafts
+    hold."""
+    most = core.control.most if core.control and core.control.wanted else 0
     vocab = core.spec.vocab
     n = min(args.max_seqs, args.requests, args.max_concurrency or args.requests)
     play(draw_requests(1, math.inf, args.input, 1, vocab, args.seed), core.loop, task_maker(core))
-    ends = [draw_requests(1, math.inf, 1, 2 * (i + 1), vocab, [args.seed, i])[0] for i in range(n)]
+    longest_end = core.plan.max_seq_len - 1
+    ends = [draw_requests(1, math.inf, 1, min(2 * (i + 1) * (1 + most), longest_end), vocab, [args.seed, i])[0]
+            for i in range(n)]
     play(ends, core.loop, task_maker(core))

@@ -8,6 +8,7 @@
 
 from dataclasses import dataclass, field
 from functools import partial
+from math import gcd
 from types import SimpleNamespace
 
 from engine import cost, reference
@@ -16,6 +17,8 @@ from engine.workspace import ropes, temperatures
 from measure.kernel.kernel_inputs import EXACT, Data, n_unwritten, poison
 from measure.kernel.op_attention import Attention, AttentionTemperature, QkNormRopeCache, RopeAngles
 from measure.kernel.op_branches import AddNorms, GatePerLayer, MixPerLayer, RouterNorm, ScaleRows
+from measure.kernel.op_centroids import CandidateArgmax, CandidateLogits, PickCentroids
+from measure.kernel.op_drafts import AcceptDrafts, RelaxDrafts, SampleDrafts, SampleWithDrafts
 from measure.kernel.op_logits import ApplyEdits, LogitSoftcap, Sample, TopLogprobs
 from measure.kernel.op_moe import MoeCombine, MoeGatedLinear, MoeLinear, MoeRoute
 from measure.kernel.op_rows import AddNorm, Embed, GatedLinear, Linear, RmsNorm, SelectRows
@@ -31,12 +34,17 @@ OPS = {"linear": Linear(), "gated_linear": GatedLinear(), "attention": Attention
        "rope_angles": RopeAngles(), "embed": Embed(), "select_rows": SelectRows(), "logit_softcap": LogitSoftcap(),
        "moe_route": MoeRoute(), "moe_gated_linear": MoeGatedLinear(), "moe_linear": MoeLinear(),
        "moe_combine": MoeCombine(), "apply_edits": ApplyEdits(), "sample": Sample(), "top_logprobs": TopLogprobs(),
+       "sample_drafts": SampleDrafts(), "sample_with_drafts": SampleWithDrafts(), "relax_drafts": RelaxDrafts(),
+       "accept_drafts": AcceptDrafts(), "pick_centroids": PickCentroids(), "candidate_argmax": CandidateArgmax(),
+       "candidate_logits": CandidateLogits(),
        "layer_norm": LayerNorm(), "add_bias": AddBias(), "clamp": Clamp(), "add_rows": AddRows(),
        "pool_rows": PoolRows(), "place_rows": PlaceRows()}
 # A launch is cold when so much was touched since its set's last turn: three times the 60 MB of an H200's L2 cache.
 COLD_BYTES = 180 << 20
 LEAST_SETS, MOST_SETS = 3, 64       # more of small sets would measure how long arrays take to make
 LARGE_BYTES = 500 << 20             # of one set: it does not fit a cache by far, and is cold alone
+N_DRAFTS = 4                        # of a speculating sequence
+DRAFT_HIDDEN, DRAFT_SIZE, DRAFT_CHOSEN = 256, 128, 32       # of the E-series: tokens a centroid, centroids a row
 SPARE = 0.8                         # share of the free memory that sets may take
 
 
@@ -258,8 +266,21 @@ def _shapes(spec, sweep):
             yield "logit_softcap", "", {**logits, "cap": spec.logit_softcap}
         yield "apply_edits", "", {**logits, "n_edits": 64}
         yield "sample", "greedy", {**logits, "temperature": 0.0, "top_k": 0, "top_p": 1.0}
-        yield "sample", "top-k and top-p", {**logits, "temperature": 1.0, "top_k": 64, "top_p": 0.95}
+        rule = {"temperature": 1.0, "top_k": 64, "top_p": 0.95}
+        yield "sample", "top-k and top-p", {**logits, **rule}
         yield "top_logprobs", "", {**logits, "n": 20}
+        yield "sample_drafts", "", {**logits, **rule}
+        slots = {**logits, "n_rows": batch * (N_DRAFTS + 1)}
+        yield "sample_with_drafts", "", {**slots, **rule}
+        yield "relax_drafts", "", {**slots, "top_k": 10, "delta": 0.6}
+        yield "accept_drafts", "", {"n_rows": slots["n_rows"], "n_drafts": N_DRAFTS}
+        if spec.per_layer_input:                # whose drafts' heads have centroids
+            size = gcd(spec.vocab // 4, DRAFT_SIZE)
+            picked = {"n_rows": batch, "n_centroids": spec.vocab // size,
+                      "n_chosen": min(DRAFT_CHOSEN, spec.vocab // size)}
+            yield "pick_centroids", "", picked
+            for op in ("candidate_argmax", "candidate_logits"):
+                yield op, "", {**picked, "size": size, "hidden": DRAFT_HIDDEN}
 
 
 def _common(label, other):

@@ -128,9 +128,10 @@ def bound(case, cost):
         return None, [HALVES]
     if case.op in ("linear", "gated_linear") and s["n_in"] % 8:
         return None, [ODD_ROWS]
-    if case.op in ("apply_edits", "attention_temperature", "moe_route"):
+    if case.op in ("accept_drafts", "apply_edits", "attention_temperature", "candidate_logits", "moe_route",
+                   "pick_centroids"):
         return None, [ROUTES if case.op == "moe_route" else LATENCY]
-    if case.op in ("sample", "top_logprobs"):
+    if case.op in ("sample", "sample_drafts", "sample_with_drafts", "relax_drafts", "top_logprobs"):
         return None, [GREEDY if s.get("temperature") == 0 else BINS]
     if case.op in ("moe_gated_linear", "moe_linear"):
         return SLACK * (cost + _read_again(s, case.op == "moe_gated_linear")) / cost, [TILES]

@@ -18,7 +18,10 @@ FAMILIES = {"linear": "matrix", "gated_linear": "matrix", "moe_gated_linear": "e
             "gate_per_layer": "norm", "layer_norm": "norm", "add_bias": "norm", "clamp": "norm", "pool_rows": "norm",
             "add_rows": "move", "place_rows": "move", "qk_norm_rope_cache": "rope", "rope_angles": "rope",
             "attention_temperature": "rope", "embed": "move", "select_rows": "move", "logit_softcap": "sample",
-            "sample": "sample", "top_logprobs": "sample", "apply_edits": "sample"}
+            "sample": "sample", "top_logprobs": "sample", "apply_edits": "sample",
+            "sample_drafts": "sample", "sample_with_drafts": "sample", "relax_drafts": "sample",
+            "accept_drafts": "sample", "pick_centroids": "sample", "candidate_argmax": "sample",
+            "candidate_logits": "sample"}
 FAMILY_NAMES = {"matrix": "matrix products", "expert": "experts", "attention": "attention", "norm": "norms and gates",
                 "rope": "QK norm, RoPE, cache", "move": "gathers", "sample": "logits and sampling", "other": "other"}
 MARGIN = 3                      # a plot's axes end a factor beyond its figures

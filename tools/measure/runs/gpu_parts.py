@@ -16,8 +16,13 @@ FAMILIES = (("engine-26b-a4b", "gemma-4-26b-a4b", (None,), (), (35, 90, 55)),
             ("engine-e4b", "gemma-4-e4b", (None,), (), (15, 60, 30)),
             ("engine-e4b-host", "gemma-4-e4b", (None,), ("--ple", "host"), (15, 60, 30)),
             ("engine-scout-slice", "llama-4-scout", (8, 4), (), (30, 70, 45)))
+# With a draft model of random weights, whose drafts are made to hold: (part, arguments, seconds as above).
+DRAFTS = (("31b-slice", ("--preset", "gemma-4-31b", "--layers", "12"), (20, 75, 50)),
+          ("e4b", ("--preset", "gemma-4-e4b"), (15, 60, 40)))
 EXPERTS = "moe_route,moe_gated_linear,moe_linear,moe_combine"
 DEMO = ("--model", "demo/checkpoint")
+DRAFTED = ("--model", "tests/goldens/gemma4-assistant/checkpoint", "--draft",
+           "tests/goldens/gemma4-assistant/assistant")
 ENGINE_TESTS = "tests/test_lanes.py"      # besides tests/kernels, what --lane cuda takes to the GPU
 # Of tests in processes side by side, and BLAS threads of each, or they would wait for each other.
 MOST_WORKERS, THREADS = 8, "2"
@@ -68,11 +73,15 @@ def full_parts(lane, memory_bytes):
         bench("engine-1b", "engine", lane, "--preset", "gemma-3-1b", "--case", DECODE, "--case", "prefill=2048",
               least_s=15, most_s=60, full_s=30, short=no_ops),
         bench("engine-31b-slice", "engine", lane, "--preset", "gemma-4-31b", "--layers", "12", "--case", DECODE,
-              "--case", "decode=1*1@32768", "--case", "prefill=8192", "--case", "mix=2048,16*1@4096", "--case",
-              "verify=16*5@4096", least_s=20, most_s=90, full_s=55, short=no_ops),
+              "--case", "decode=1*1@32768", "--case", "prefill=8192", "--case", "mix=2048,16*1@4096", least_s=20,
+              most_s=90, full_s=55, short=no_ops),
         bench("engine-31b", "engine", lane, "--preset", "gemma-4-31b", "--case", "decode={1,8}*1@1024", "--case",
               "prefill=2048", least_s=45, most_s=100, full_s=70, short=no_ops,
               why_not=too_large("gemma-4-31b", memory_bytes))]
+    parts += [bench(f"drafts-{name}", "engine", lane, *of, "--n-draft-tokens", "2,4,8", "--acceptance", "0.6,1",
+                    "--case", "decode={1,8}*1@1024", "--case", "verify=16*5@4096", "--steps", "16", "--repeats", "5",
+                    least_s=least_s, most_s=most_s, full_s=full_s, short=("--no-ops", "--repeats", "2"))
+              for name, of, (least_s, most_s, full_s) in DRAFTS]
     for name, preset_name, sizes, more, (least_s, most_s, full_s) in FAMILIES:
         n_layers = next((n for n in sizes if not too_large(preset_name, memory_bytes, n)), sizes[-1])
         layers = ("--layers", str(n_layers)) if n_layers else ()
@@ -92,11 +101,11 @@ def full_parts(lane, memory_bytes):
             bench("load", "load", lane, "--preset", "gemma-3-1b", "--folder", "{scratch}", "--repeats", "2",
                   least_s=20, most_s=60, uses_ceilings=False),
             bench("against-model", "against", lane, "--preset", "gemma-4-31b", "--layers", "6", "--peer",
-                  "torch,compiled", "--case", "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=40, most_s=150),
-            tests("tests-others", lane, "tests", "--ignore=tests/kernels", f"--ignore={ENGINE_TESTS}", least_s=60,
+                  "torch,compiled", "--case", "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=30, most_s=150),
+            tests("tests-others", lane, "tests", "--ignore=tests/kernels", f"--ignore={ENGINE_TESTS}", least_s=50,
                   most_s=200, is_parallel=True),
             bench("against-compiled", "against", lane, "--preset", "gemma-4-31b", "--peer", "compiled,flex", "--op",
-                  "gated_linear,attention,add_norm", "--n-tokens", "1,4096", "--batch", "8", least_s=30, most_s=150)]
+                  "gated_linear,attention,add_norm", "--n-tokens", "1,4096", "--batch", "8", least_s=20, most_s=150)]
 
 
 def quick_parts(lane):
@@ -113,6 +122,8 @@ def quick_parts(lane):
         bench("engine", "engine", lane, *DEMO, *cases, "--repeats", "2", least_s=2, most_s=60),
         bench("against", "against", lane, "--peer", "torch", "--preset", "gemma-3-270m", "--op", "rms_norm",
               "--n-tokens", "2", "--repeats", "2", least_s=2, most_s=60, why_not=no_clock),
+        bench("drafts", "engine", lane, *DRAFTED, *cases[:2], "--n-draft-tokens", "2", "--acceptance", "1", "--steps",
+              "6", "--repeats", "2", "--no-ops", least_s=2, most_s=60),
         bench("serve", "serve", lane, *DEMO, "--requests", "6", "--rate", "50,inf", "--input", "12", "--output", "4",
               least_s=2, most_s=60, uses_ceilings=False, why_not=no_clock),
         bench("load", "load", lane, *DEMO, "--repeats", "1", least_s=2, most_s=60, uses_ceilings=False,

@@ -9,6 +9,7 @@ import numpy as np
 
 from engine.cost import Ceilings, floor
 from measure.clock import clock_of
+from measure.drafts import drafting_cost
 from measure.kernel.kernel_cases import COLD_BYTES
 from measure.loading import memory
 from measure.report import Row, Stat, percentile
@@ -51,9 +52,19 @@ class EngineCase:
             self.measure_prefill()
 
     def floor_of(self, rows):
-        """The Cost of weights, K and V for those rows, on this lane."""
+        """The Cost of weights, K and V for those rows, on this lane, and where they are drafts that are checked, of
+        drafting as many as the sequence with the most has."""
         itemsize = self.lane.dtype.itemsize
-        return floor(self.core.spec, rows, weight_bytes=itemsize, kv_bytes=itemsize)
+        least = floor(self.core.spec, rows, weight_bytes=itemsize, kv_bytes=itemsize)
+        if not self.checks_drafts:
+            return least
+        return least + drafting_cost(self.core.draft.spec, [(n, context) for n, _, context, _ in rows],
+                                     max(n_query for _, n_query, *_ in rows) - 1, itemsize, itemsize)
+
+    @property
+    def checks_drafts(self):
+        """Whether the step checks drafted tokens and drafts anew, as an engine with a draft model does."""
+        return self.case.label == VERIFY and self.core.draft is not None
 
     def add(self, name, stats, notes=()):
         self.report.add(Row("engine", name, self.shape, {**stats, **memory_stats(self.lane)}, (*self.notes, *notes)))
@@ -69,8 +80,8 @@ class EngineCase:
     # --- one step, repeated
 
     def measure_step(self, build):
-        is_verify, graphs = self.case.label == VERIFY, self.core.graphs
-        was_enabled, graphs.enabled = graphs.enabled, graphs.enabled and not is_verify
+        is_bare, graphs = self.case.label == VERIFY and not self.checks_drafts, self.core.graphs
+        was_enabled, graphs.enabled = graphs.enabled, graphs.enabled and not is_bare
         try:
             batch = build()
             for _ in range(WARMUPS if self.clock.is_real else 0):
@@ -82,7 +93,8 @@ class EngineCase:
             walls, gpu, notes = self.timed(build, ops) if self.clock.is_real else ([], [], [])
         finally:
             graphs.enabled = was_enabled
-        notes += ["checking drafted tokens is no graph yet"] if is_verify and was_enabled else []
+        if is_bare:
+            notes.append("the target's rows alone, each sampled: no draft model" + ", no graph" * was_enabled)
         self.add("step", stats | (self.step_stats(walls, gpu) if walls else {}), notes)
         if self.args.ops:
             self.add_ops(grouped(ops), walls, gpu)

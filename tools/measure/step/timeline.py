@@ -8,6 +8,7 @@
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 
 from engine import cost
 from engine.cost import Cost
@@ -22,7 +23,9 @@ PARTS = {"floor": "weights, K and V alone at the ceilings",
          "below roof": "kernels slower than the ceilings, each with the gap to the next of its kind",
          "gaps": "the step's launches back to back, less each kernel among its kind: unlike neighbours",
          "host": "outside the launches: batch, copies in, launches that no graph replays, reading tokens back"}
-AFTER_LAYERS = ("select_rows", "logit_softcap", "apply_edits", "sample", "top_logprobs")
+AFTER_LAYERS = ("select_rows", "logit_softcap", "apply_edits", "sample", "sample_drafts", "sample_with_drafts",
+                "relax_drafts", "accept_drafts", "pick_centroids", "candidate_argmax", "candidate_logits",
+                "top_logprobs")
 # What differs between local and global layers: ops, and roles of products.
 BY_KIND = ("attention", "qk_norm_rope_cache", "qkv", "q", "o")
 PRODUCTS = ("linear", "gated_linear", "moe_gated_linear", "moe_linear")
@@ -39,14 +42,17 @@ ROWS_IN = {"embed": 1, "select_rows": 1}        # the argument with a row for ea
 def watched(core, around):
     """Within it every op of the core's steps runs inside around(name, args, kwargs); see engine.trace."""
     step = core.step
-    before = step.ops, step.layers.ops
+    parts = list(filter(None, (step.layers, step.speculation)))
+    before = step.ops, [part.ops for part in parts]
     step.ops = traced(step.ops, around)
-    step.layers.use(step.ops)
+    for part in parts:
+        part.use(step.ops)
     try:
         yield
     finally:
         step.ops = before[0]
-        step.layers.use(before[1])
+        for part, ops in zip(parts, before[1], strict=True):
+            part.use(ops)
 
 
 @contextmanager
@@ -63,8 +69,8 @@ def recording(core):
         calls.append((name, args, kwargs))
         yield
 
-    graphs = step.graphs
-    step.graphs = GraphCache(core.lane, core.workspace.max_logit_rows, graphs.enabled)  # its first run is eager
+    graphs = step.graphs                                    # the first run of a new one is eager
+    step.graphs = GraphCache(core.lane, graphs.sizes[-1], graphs.enabled, core.config.most_drafts)
     try:
         with watched(core, around):
             yield calls
@@ -77,7 +83,7 @@ class Op:
     """One launch of the op table in a step.
 
     role    which of the model's: "qkv", "head", "decode", ... or ""; "kept" is of the layers that have dropped the rows
-            nobody asked for
+            nobody asked for, "draft" of the draft model
     kind    of attention in its layer, "local", "global" or "chunked"; "" where that makes no difference
     launch  runs it again
     """
@@ -113,7 +119,14 @@ class Group:
 
 
 def ops_of(calls, core, batch):
-    """[Op] of the recorded calls of one step over `batch`, a Batch."""
+    """[Op] of the recorded calls of one step over `batch`, a Batch. Behind the judging of drafts and the selection of
+    the states that drafting begins with, all are the draft model's."""
+    names = [name for name, _, _ in calls]
+    n_own = names.index("accept_drafts") + 2 if "accept_drafts" in names else len(calls)
+    return _ops_of_target(calls[:n_own], core, batch) + _ops_of_draft(calls[n_own:], core)
+
+
+def _ops_of_target(calls, core, batch):
     layers, drops_at, matrices = core.spec.layers, core.step.layers.drops_at, _matrices(core)
     found, layer, n_attentions, has_dropped = [], 0, 0, False
     for name, args, kwargs in calls:
@@ -142,6 +155,32 @@ def ops_of(calls, core, batch):
     wants_any = batch.kept is None or len(batch.kept)
     assert n_attentions == (len(layers) if wants_any else drops_at)
     return found
+
+
+def _ops_of_draft(calls, core):
+    found, to_host, layer = [], core.lane.to_host, 0
+    layers, matrices = core.draft.spec.layers if calls else (), _matrices_of_draft(core.draft.weights) if calls else {}
+    for name, args, kwargs in calls:
+        role, counted = "", args
+        if name in PRODUCTS:
+            role, of = matrices[id(args[1])]
+            layer = layer if of is None else of
+        elif name == "attention":
+            counted = (*args[:3], SimpleNamespace(cu_seqlens=to_host(args[3].cu_seqlens), last_visible=None,
+                                                  context_lens=to_host(args[3].context_lens), first_visible=None))
+        kind = kind_of(layers[layer].attention) if name in BY_KIND or role in BY_KIND else ""
+        found.append(Op(name, f"draft {role}".strip(), kind, _sizes(name, args, kwargs),
+                        int(args[ROWS_IN.get(name, 0)].shape[0]), cost.of(name, counted, kwargs),
+                        partial(getattr(core.lane.ops, name), *args, **kwargs)))
+    return found
+
+
+def _matrices_of_draft(weights):
+    """{id of a matrix of AssistantWeights: (its role, the number of its layer or None)}."""
+    found = {id(getattr(weights, name)): (role, None) for name, role in
+             {"pre_embed": "in", "pre_state": "in", "post": "out", "centroids": "centroids", "head": "head"}.items()}
+    return found | {id(getattr(w, name)): (role, i) for i, w in enumerate(weights.layers) for name, role in
+                    {"qkv": "q", "o": "o", "gate_up": "", "down": "down"}.items()}
 
 
 def _matrices(core):
