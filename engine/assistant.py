@@ -38,6 +38,7 @@ class Assistant:
     spec, weights  AssistantSpec, AssistantWeights
     target         the target's LayerScheduler, whose embedding and KV cache are read
     samples        drafts are drawn from logits, not only the likeliest found
+    scratch        of the target's Workspace, as the two take turns; None takes one of its own
     attentions     {number of a KV pool: the AttentionSpec of the layers that read it}, window as they see it
     workspace      Buffers, in the lane's dtype where nothing else is said:
                    embedded, state            [max_seqs, backbone]; `state` is free between rounds
@@ -50,11 +51,12 @@ class Assistant:
     Raises ConfigError where a layer does not fit the pool that it would read.
     """
 
-    def __init__(self, spec, weights, target, max_seqs, lane, samples=False):
+    def __init__(self, spec, weights, target, max_seqs, lane, samples=False, scratch=None):
         assert 0 <= spec.extra_keys <= 1, "pages are kept for one position beyond the window"
         self.spec, self.weights, self.target, self.ops = spec, weights, target, lane.ops
         self._stages = lane.stages
-        scratch = Scratch.of(lane.ops.scratch_size(spec, max_seqs, max_seqs), lane)
+        if scratch is None:
+            scratch = Scratch.of(self.scratch_size(spec, max_seqs, lane.ops), lane)
         self.workspace = Buffers(_shapes(spec, max_seqs, samples), scratch, lane)
         self._positions = Positions(spec, self.workspace, lane)
         self._attention = AttentionBlock(spec, 0.0, self.workspace, lane.ops)
@@ -67,10 +69,14 @@ class Assistant:
         self._greedy, self._banned = lru_cache(self._greedy), lru_cache(self._banned)
 
     @staticmethod
-    def n_bytes(spec, max_seqs, itemsize, ops, samples=False):
-        """What its workspace takes: activations of `itemsize` bytes, and the scratch that `ops` want."""
-        return Buffers.n_bytes_of(_shapes(spec, max_seqs, samples), itemsize) \
-            + 4 * sum(ops.scratch_size(spec, max_seqs, max_seqs))
+    def n_bytes(spec, max_seqs, itemsize, samples=False):
+        """What its workspace takes beside its scratch, with activations of `itemsize` bytes."""
+        return Buffers.n_bytes_of(_shapes(spec, max_seqs, samples), itemsize)
+
+    @staticmethod
+    def scratch_size(spec, max_seqs, ops):
+        """(floats, counters) that the ops of its rounds want."""
+        return ops.scratch_size(spec, max_seqs, max_seqs)
 
     def use(self, ops):
         """Launches the ops of that table from now on: the lane's, or one that watches them."""

@@ -84,7 +84,8 @@ class Core:
                 draft_weights = draft and load_assistant(draft_spec, draft_checkpoint, lane, loading.update)
             kv_cache = KVCache([pool.spec for pool in plan.pools], [pool.n_pages for pool in plan.pools],
                                config.page_size, lane)
-            workspace = Workspace(spec, plan.max_step_tokens, config.max_slots, lane)
+            others = [Assistant.scratch_size(draft_spec, config.max_seqs, lane.ops)] if draft else ()
+            workspace = Workspace(spec, plan.max_step_tokens, config.max_slots, lane, others)
             encoder_cache = None
             if spec.media:
                 encoder = VisionEncoder(spec, weights.vision, lane, workspace.scratch)
@@ -93,7 +94,8 @@ class Core:
             assistant = control = speculation = draft_stager = None
             if draft:
                 rules = config.draft_sampling == "sample", config.relaxed_acceptance
-                assistant = Assistant(draft_spec, draft_weights, layers, config.max_seqs, lane, samples=rules[0])
+                assistant = Assistant(draft_spec, draft_weights, layers, config.max_seqs, lane, rules[0],
+                                      workspace.scratch)
                 control = DraftControl(config.n_draft_tokens, StepTimes(spec, draft_spec, lane.name,
                                                                         lane.dtype.itemsize))
                 speculation = Speculation(assistant, config.max_seqs, workspace.max_logit_rows, config.most_drafts,

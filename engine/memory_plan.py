@@ -137,7 +137,8 @@ def plan_memory(spec, config, kind, memory_bytes=None, draft=None):
     itemsize, specs = DTYPES[kind].itemsize, pool_specs(spec)
     weights_bytes, ops = n_weights(spec, config.ple) * itemsize, ops_of(kind, config.gemm)
     longest_run, max_step_tokens = step_limits(spec, config, limit)
-    workspace_bytes = Workspace.n_bytes(spec, max_step_tokens, config.max_slots, itemsize, ops)
+    others = [Assistant.scratch_size(draft, config.max_seqs, ops)] if draft else ()
+    workspace_bytes = Workspace.n_bytes(spec, max_step_tokens, config.max_slots, itemsize, ops, others)
     max_slots, rules = min(config.max_slots, max_step_tokens), (config.draft_sampling == "sample",
                                                                 config.relaxed_acceptance)
     if kind != "cpu":
@@ -154,7 +155,7 @@ def plan_memory(spec, config, kind, memory_bytes=None, draft=None):
     draft_bytes = draft_workspace_bytes = 0
     if draft:
         draft_bytes = draft_weights_bytes(draft, itemsize)
-        draft_workspace_bytes = Assistant.n_bytes(draft, config.max_seqs, itemsize, ops, rules[0])
+        draft_workspace_bytes = Assistant.n_bytes(draft, config.max_seqs, itemsize, rules[0])
         draft_workspace_bytes += Speculation.n_bytes(draft.vocab, config.max_seqs, max_slots, config.most_drafts,
                                                      rules[0])
     memory = host_memory_left() if memory_bytes is None else int(memory_bytes * config.memory_fraction)

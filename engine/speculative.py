@@ -68,10 +68,6 @@ class Speculation:
         self.ops = ops
         self.assistant.use(ops)
 
-    def restart(self):
-        """After a step that did not end: an op may have left its counters anywhere."""
-        self.assistant.workspace.clear_counters()
-
     def results(self, n_slots, n_seqs, n_rounds):
         """The Results of a step, views of a buffer."""
         n_values = n_slots + n_seqs * (1 + n_rounds)

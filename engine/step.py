@@ -54,8 +54,6 @@ class Step:
         """After a step that did not end: an op may have left its counters anywhere."""
         with self.lane.running():
             self.workspace.clear_counters()
-            if self.speculation:
-                self.speculation.restart()
 
     def _decode(self, batch, inputs):
         """A decode step whose launches are those of every other with the same inputs, so that they can be replayed."""

@@ -23,9 +23,10 @@ class Scratch(NamedTuple):
         return cls(lane.empty((size[0],), np.float32), lane.zeros((size[1],), np.int32))
 
 
-def scratch_size(spec, max_tokens, max_logit_rows, ops):
-    """(floats, counters) that the ops of a model's steps want, and those of its vision encoder, which take turns."""
-    sizes = [ops.scratch_size(spec, max_tokens, max_logit_rows)]
+def scratch_size(spec, max_tokens, max_logit_rows, ops, others=()):
+    """(floats, counters) that the ops of a model's steps want, those of its vision encoder, and `others`: they take
+    turns."""
+    sizes = [ops.scratch_size(spec, max_tokens, max_logit_rows), *others]
     if spec.media:
         sizes.append(ops.vision_scratch_size(spec.media.tower, spec.hidden, run_patches(spec.media.tower)))
     return tuple(map(max, zip(*sizes, strict=True)))
@@ -51,7 +52,7 @@ class Buffers:
     """
 
     def __init__(self, shapes, scratch, lane):
-        self.scratch, self._lane = scratch, lane
+        self.scratch = scratch
         self._buffers = {name: lane.empty((rows * width,), dtype) for name, (rows, width, dtype) in shapes.items()}
         self.rows = lru_cache(maxsize=1024)(self._rows)     # decode asks for the same views at every step
 
@@ -59,10 +60,6 @@ class Buffers:
     def n_bytes_of(shapes, itemsize):
         """What Buffers take beside their scratch, with activations of `itemsize` bytes."""
         return sum(rows * width * (itemsize if dtype is None else 4) for rows, width, dtype in shapes.values())
-
-    def clear_counters(self):
-        """Makes the scratch's counters zero, after an op that did not end."""
-        self._lane.clear(self.scratch.counters)
 
     def flat(self, name, n):
         """[n] view of buffer `name`."""
@@ -96,12 +93,14 @@ class Workspace(Buffers):
     tokens, own_logprob        [max_logit_rows]
     top_ids, top_logprobs      [max_logit_rows, MOST_TOP]
 
-    scratch                    a Scratch as large as the lane's ops want, those of the vision encoder among them
+    scratch                    a Scratch as large as the lane's ops want, those of the vision encoder among them, and as
+                               `others` do who take turns with the steps
     """
 
-    def __init__(self, spec, max_tokens, max_logit_rows, lane):
+    def __init__(self, spec, max_tokens, max_logit_rows, lane, others=()):
         self.max_logit_rows = min(max_logit_rows, max_tokens)
-        size = scratch_size(spec, max_tokens, self.max_logit_rows, lane.ops)
+        self._lane = lane
+        size = scratch_size(spec, max_tokens, self.max_logit_rows, lane.ops, others)
         super().__init__(self.shapes(spec, max_tokens, self.max_logit_rows), Scratch.of(size, lane), lane)
         self.routes = lru_cache(maxsize=64)(self._routes)
 
@@ -129,11 +128,15 @@ class Workspace(Buffers):
                 "top_ids": (n_logits, MOST_TOP, np.int32), "top_logprobs": (n_logits, MOST_TOP, np.float32)}
 
     @classmethod
-    def n_bytes(cls, spec, max_tokens, max_logit_rows, itemsize, ops):
-        """What a Workspace takes: activations of `itemsize` bytes, and the scratch that `ops` want."""
+    def n_bytes(cls, spec, max_tokens, max_logit_rows, itemsize, ops, others=()):
+        """What a Workspace takes: activations of `itemsize` bytes, and the scratch that `ops` and `others` want."""
         max_logit_rows = min(max_logit_rows, max_tokens)
         return cls.n_bytes_of(cls.shapes(spec, max_tokens, max_logit_rows), itemsize) \
-            + 4 * sum(scratch_size(spec, max_tokens, max_logit_rows, ops))
+            + 4 * sum(scratch_size(spec, max_tokens, max_logit_rows, ops, others))
+
+    def clear_counters(self):
+        """Makes the scratch's counters zero, after an op that did not end."""
+        self._lane.clear(self.scratch.counters)
 
     def _routes(self, n, moe):
         """The Routes of n tokens through the experts of a MoeSpec."""

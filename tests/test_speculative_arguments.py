@@ -140,7 +140,7 @@ def test_the_plan_counts_the_draft(case):
     llm = opened(case)
     spec, it = llm._core.draft.spec, llm.plan()
     assert it.draft_bytes == weights_bytes(spec, 4)
-    assert it.draft_workspace_bytes >= Assistant.n_bytes(spec, 4, 4, llm.lane.ops)
+    assert it.draft_workspace_bytes >= Assistant.n_bytes(spec, 4, 4)
     told = plan(target, draft=draft, memory_bytes=64e6, **arguments)
     without = plan(target, memory_bytes=64e6, **arguments)
     assert (told.draft_bytes, told.draft_workspace_bytes) == (it.draft_bytes, it.draft_workspace_bytes)
@@ -167,7 +167,8 @@ def test_the_plan_counts_what_is_taken(thinking, device, arguments):
     stager = core.step._stager
     assert it.workspace_bytes == sum(array.nbytes for array in own) + (stager._buffer.device.nbytes if stager else 0)
     drafting = core.draft.workspace
-    taken = [*drafting._buffers.values(), *drafting.scratch, *core.step.speculation._buffers._buffers.values(),
+    assert drafting.scratch is core.workspace.scratch
+    taken = [*drafting._buffers.values(), *core.step.speculation._buffers._buffers.values(),
              core.step.speculation._counts]
     assert it.draft_workspace_bytes == sum(array.nbytes for array in taken)
 
