@@ -11,6 +11,7 @@ from engine import SamplingParams, reference
 from engine.feed_forward import FeedForward
 from engine.tasks import Generation
 from tests import tiny_models as tiny
+from tests.faults import Broken, break_at
 from tests.golden import assert_logits_close
 
 NAMES = ("gemma3", "gemma4", "gemma3-window-2", "gemma4-window-2", "gemma3-window-200", "gemma4-window-200",
@@ -192,10 +193,6 @@ def test_aborts_leave_nothing_behind(checkpoints):
     assert llm.generate(PROMPTS[1], GREEDY).token_ids == expected
 
 
-class Broken(Exception):
-    """Something inside a step failed."""
-
-
 @pytest.mark.parametrize("op", ["embed", "attention", "linear", "logit_softcap"])
 @pytest.mark.parametrize("call", [1, 2, 3, 8, 20, 21, 22])
 def test_a_step_that_raises_leaves_nothing_behind(checkpoints, monkeypatch, op, call):
@@ -207,16 +204,7 @@ def test_a_step_that_raises_leaves_nothing_behind(checkpoints, monkeypatch, op, 
     stream = llm.stream(PROMPTS[2], params)
     tokens = list(next(stream).token_ids)
     with monkeypatch.context() as patch:
-        function, n_calls = getattr(reference, op), 0
-
-        def fails(*args, **kwargs):
-            nonlocal n_calls
-            n_calls += 1
-            if n_calls == call:
-                raise Broken
-            return function(*args, **kwargs)
-
-        patch.setattr(reference, op, fails)
+        break_at(patch, reference, op, call)
         with pytest.raises(Broken):
             for _ in range(20):
                 llm.generate([PROMPTS[4], PROMPTS[0], PROMPTS[5]], [short, params, params])
@@ -239,17 +227,8 @@ def test_a_step_that_fails_between_two_samples_leaves_nothing_behind(checkpoints
     expected = llm.generate(PROMPTS[3], params).token_ids
     first, second = llm.stream(PROMPTS[3], params), llm.stream(PROMPTS[3], params)
     tokens = [list(next(stream).token_ids) for stream in (first, second)]
-    append, n_calls = Generation.append, 0
-
-    def fails(self, token, logits):
-        nonlocal n_calls
-        n_calls += 1
-        if n_calls == 4:
-            raise Broken
-        append(self, token, logits)
-
     with monkeypatch.context() as patch:
-        patch.setattr(Generation, "append", fails)
+        break_at(patch, Generation, "append", 4)
         with pytest.raises(Broken):
             llm.generate(PROMPTS[:4], SamplingParams(temperature=0, max_tokens=1))
     stats = llm.stats()                                         # the two streams, where unfinished, begin again

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from engine import LLM, SamplingParams, reference
 from tests import seeing, tiny, tiny_models
+from tests.faults import Broken, break_at
 from tests.golden import assert_logits_close
 
 CLOSE = 1e-5                # of max|logit|: a BLAS sums in an order that depends on the number of rows
@@ -233,10 +234,6 @@ def test_an_abort_lets_go_of_pictures(seeing_checkpoints):
     assert_nothing_held(llm)
 
 
-class Broken(Exception):
-    """Something inside a step failed."""
-
-
 @pytest.mark.parametrize("op", ["embed", "attention", "linear", "place_rows", "add_rows", "pool_rows"])
 @pytest.mark.parametrize("call", [1, 2, 3, 7])
 def test_a_step_that_raises_leaves_nothing_behind(seeing_checkpoints, monkeypatch, op, call):
@@ -244,16 +241,7 @@ def test_a_step_that_raises_leaves_nothing_behind(seeing_checkpoints, monkeypatc
     path = seeing_checkpoints["gemma4-blocks"]
     llm = tiny_models.open_llm(path, max_batch_tokens=9, page_size=3, encoder_cache_bytes=0)
     with monkeypatch.context() as patch:
-        function, n_calls = getattr(reference, op), 0
-
-        def fails(*args, **kwargs):
-            nonlocal n_calls
-            n_calls += 1
-            if n_calls == call:
-                raise Broken
-            return function(*args, **kwargs)
-
-        patch.setattr(reference, op, fails)
+        break_at(patch, reference, op, call)
         with pytest.raises(Broken):
             for _ in range(20):
                 seeing.generate(llm, prompts_of(llm), GREEDY)
