@@ -13,6 +13,7 @@ from engine.positions import Positions
 from engine.sampler import LogitEdits, SamplingBatch
 from engine.sampling_params import SamplingParams
 from engine.step_inputs import StagedEdits
+from engine.text_edits import TextEdits
 from engine.workspace import Buffers, Scratch, ropes
 
 
@@ -212,7 +213,7 @@ def _bans(spec, max_seqs, lane):
     """(LogitEdits that ban the suppressed ids in max_seqs rows, on the lane; how many of them are in the first n rows
     [max_seqs + 1], or None where the lane counts them by shape)."""
     params = SamplingParams(temperature=0)
-    edits = _on_lane(LogitEdits.build([(params, (), (), spec.suppressed)] * max_seqs), lane)
+    edits = _on_lane(LogitEdits.build(TextEdits(params, banned=spec.suppressed).rows(n_banned=1) * max_seqs), lane)
     counts = np.arange(max_seqs + 1, dtype=np.int32) * len(spec.suppressed)
     return edits, lane.to_device(counts) if lane.stages else None
 

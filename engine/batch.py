@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 
@@ -35,7 +35,7 @@ class PagedBatch:
     @cached_property
     def page_table(self):
         """[n_entries] int32: the pages of every row, one row after the other."""
-        return np.fromiter(chain.from_iterable(held.pages for held in self.lists), np.int32)
+        return np.frombuffer(bytearray().join([held.pages for held in self.lists]), np.int32)
 
     @cached_property
     def page_begin(self):
@@ -74,7 +74,7 @@ class PagedBatch:
     def _row_extents(self, i):
         """Row i's pages as [(first position, first slot, n positions)], neighbours joined."""
         if i not in self._extents:
-            pages, first, size = self.lists[i].pages, self.lists[i].first, self.page_size
+            pages, first, size = self.lists[i].pages.tolist(), self.lists[i].first, self.page_size
             breaks = [0, *(j for j in range(1, len(pages)) if pages[j] != pages[j - 1] + 1), len(pages)]
             self._extents[i] = [((first + a) * size, pages[a] * size, (b - a) * size) for a, b in pairwise(breaks)]
         return self._extents[i]
@@ -176,14 +176,14 @@ class Batch:
             to_come = range(sequence.next_logit, known - samples)
             to_take += ((sequence, end - (context - p)) for p in to_come)
             following += (sequence.tokens[p + 1] if p + 1 < len(sequence.tokens) else 0 for p in to_come)
-        edits = LogitEdits.build(sequence.task.edits(sequence.drafts[:j]) for sequence, _, n in decided
-                                 for j in range(n + 1))
-        sampling = SamplingBatch.build(sequence.task.rule(j) for sequence, _, n in decided for j in range(n + 1))
+        edits = LogitEdits.build(row for sequence, _, _ in decided for row in sequence.task.edits(sequence.drafts))
+        rules = SamplingBatch.build(sequence.task.rule() for sequence, _, _ in decided)
+        sampling = rules.along([n + 1 for _, _, n in decided]) if len(to_sample) > len(decided) else rules
         slots = None
         n_wanted = tuple(wanted(sequence) for sequence, _, _ in decided) if wanted else ()
         if any(n_wanted) or len(to_sample) > len(decided):
             paged = {p: PagedBatch([pool.lists[i] for i in numbers], None, [], size) for p, pool in enumerate(pools)}
-            slots = Slots.build(decided, numbers, sampling, paged)
+            slots = Slots.build(decided, numbers, rules, paged)
         return cls(token_ids, positions, tuple(pools),
                    None if len(kept) == len(token_ids) else np.array(kept, np.int32), spans, to_take,
                    np.array(following, np.int32), to_sample, edits, sampling, media=media, media_rows=media_rows,

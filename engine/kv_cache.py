@@ -5,6 +5,7 @@ consecutive positions of one sequence in every one of those layers. Local pools 
 has passed them, or the chunk they lie in has ended. Layers that read another's K and V own no pages.
 """
 
+from array import array
 from bisect import bisect_left
 from dataclasses import dataclass
 from math import gcd
@@ -141,13 +142,17 @@ class PageAllocator:
 
 @dataclass
 class PageList:
-    """The pages of one sequence in one pool: `pages[j]` holds positions from (first + j) * page_size on."""
+    """The pages of one sequence in one pool: `pages[j]` holds positions from (first + j) * page_size on. An array of
+    int32, as every step copies it."""
 
-    pages: list
+    pages: array
     first: int = 0
 
+    def __post_init__(self):
+        self.pages = array("i", self.pages)         # a copy
+
     def copy(self):
-        return PageList(list(self.pages), self.first)
+        return PageList(self.pages, self.first)
 
 
 class KVCache:
@@ -185,7 +190,7 @@ class KVCache:
         for held, allocator in zip(sequence.page_lists, self.allocators, strict=True):
             missing = n_logical - held.first - len(held.pages)
             if missing > 0:
-                held.pages += allocator.allocate(missing, after=held.pages[-1] if held.pages else None)
+                held.pages.extend(allocator.allocate(missing, after=held.pages[-1] if held.pages else None))
         return n_new
 
     def could_hold(self, n_tokens, longest_run=1):
@@ -212,7 +217,7 @@ class KVCache:
         """Takes back everything the sequence holds."""
         for held, allocator in zip(sequence.page_lists, self.allocators, strict=True):
             allocator.free(held.pages)
-            held.pages, held.first = [], 0
+            held.pages, held.first = array("i"), 0
 
     def clear(self):
         """Makes every page free, whoever held it."""

@@ -34,8 +34,8 @@ class LogitEdits:
 
     row [n] i32, token [n] i32     where; no pair occurs twice
     bias [n] f32                   added first
-    is_seen [n] bool               in prompt or output, noted where the row has a repetition penalty
-    n_in_output [n] i32            occurrences in the output, noted where it has a presence or frequency penalty
+    is_seen [n] bool               in prompt or output, noted where the row's penalties ask for it
+    n_in_output [n] i32            occurrences in the output, likewise
     is_banned [n] bool             becomes -inf, last
     repetition, presence, frequency [n_rows] f32
     """
@@ -52,9 +52,10 @@ class LogitEdits:
 
     @classmethod
     def build(cls, rows):
-        """rows: one (SamplingParams, prompt ids, output ids, banned ids) per row of logits, ids in [0, vocab)."""
+        """rows: one (SamplingParams, columns or None) per row of logits, as TextEdits.rows gives them, ids in
+        [0, vocab)."""
         rows = list(rows)
-        entries = [_row_edits(i, *row) for i, row in enumerate(rows) if _has_edits(*row)]
+        entries = [(np.full(len(columns[0]), i), *columns) for i, (_, columns) in enumerate(rows) if columns]
         if not entries:
             return NO_EDITS
         columns = zip(*entries, strict=True)
@@ -65,25 +66,6 @@ class LogitEdits:
 
 EDIT_DTYPES = (np.int32, np.int32, np.float32, bool, np.int32, bool)
 NO_EDITS = LogitEdits(*(np.empty(0, dtype) for dtype in (*EDIT_DTYPES, *[np.float32] * 3)))     # of any number of rows
-
-
-def _has_edits(params, prompt, output, banned):
-    return len(banned) or params.logit_bias or params.has_penalties
-
-
-def _row_edits(row, params, prompt, output, banned):
-    """The entries of one row: row, token, bias, is_seen, n_in_output, is_banned, each [n]."""
-    bias = params.logit_bias or {}
-    seen = [*prompt, *output] if params.repetition_penalty != 1 else []
-    counted = output if params.presence_penalty or params.frequency_penalty else []
-    biased, seen, counted, banned = (np.array(list(ids), np.int64) for ids in (list(bias), seen, counted, banned))
-    token = np.unique(np.concatenate([biased, seen, counted, banned]))
-    at = lambda ids: np.searchsorted(token, ids)     # noqa: E731
-    added, is_seen, is_banned = (np.zeros(len(token), dtype) for dtype in (np.float32, bool, bool))
-    added[at(biased)] = list(bias.values())
-    is_seen[at(seen)] = True
-    is_banned[at(banned)] = True
-    return np.full(len(token), row), token, added, is_seen, np.bincount(at(counted), minlength=len(token)), is_banned
 
 
 def apply_edits(logits, edits):
@@ -130,6 +112,12 @@ class SamplingBatch:
         columns = list(zip(*(_row_rule(*row) for row in rows), strict=True)) or [()] * 7
         dtypes = (bool, np.float32, np.int32, np.int64, np.int64, np.uint64, np.int64)
         return cls(*(np.array(c, d) for c, d in zip(columns, dtypes, strict=True)))
+
+    def along(self, counts):
+        """So many rows of each row, which decide tokens one behind the other."""
+        batch = SamplingBatch(*(np.repeat(column, counts) for column in vars(self).values()))
+        batch.position[:] += np.arange(len(batch.position)) - np.repeat(np.cumsum(counts) - counts, counts)
+        return batch
 
 
 def _row_rule(params, seed, position):

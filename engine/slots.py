@@ -31,8 +31,8 @@ class Slots:
     pools: dict
 
     @classmethod
-    def build(cls, decided, numbers, sampling, pools):
-        """decided: [(sequence, first slot, n drafts)]; sampling: SamplingBatch of all slots."""
+    def build(cls, decided, numbers, rules, pools):
+        """decided: [(sequence, first slot, n drafts)]."""
         drafts, prob_rows, is_relaxed = [], [], []
         for sequence, _, n in decided:
             drafts += (*sequence.drafts, -1)
@@ -40,7 +40,6 @@ class Slots:
             is_relaxed += (*sequence.task.relaxed(sequence.drafts), False)
         begin = np.array([*(first for _, first, _ in decided), len(drafts)], np.int32)
         positions = [len(sequence.tokens) - 1 for sequence, _, _ in decided]
-        rules = SamplingBatch(*(column[begin[:-1]] for column in vars(sampling).values()))
         return cls(np.array(drafts, np.int32), begin, np.array(positions, np.int32), np.array(prob_rows, np.int32),
                    np.array(is_relaxed, bool), rules, np.array(numbers, np.int32), pools)
 

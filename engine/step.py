@@ -43,11 +43,10 @@ class Step:
         with self.lane.running():
             if batch.media:
                 batch.media_source = self.encoder_cache.source_of(batch.media)
-            if self.graphs.enabled and batch.is_decode and not any(_n_logprobs(batch)):
+            if self.graphs.enabled and batch.is_decode and not _wants_logprobs(batch):
                 inputs = self._stager.decode(self.graphs.bucket(len(batch.decided)),
-                                             self.graphs.draft_bucket(batch.n_drafts), len(batch.edits.token) > 0)
-                if inputs.holds(batch):
-                    return self._decode(batch, inputs)
+                                             self.graphs.draft_bucket(batch.n_drafts), len(batch.edits.token))
+                return self._decode(batch, inputs)
             return self._run(batch)
 
     def restart(self):
@@ -61,7 +60,7 @@ class Step:
 
         def launch():
             states = self.layers.run(inputs.batch)
-            self._choose(states, inputs.batch, inputs.has_edits, results.tokens)
+            self._choose(states, inputs.batch, inputs.n_edits > 0, results.tokens)
             if inputs.n_drafts:
                 self.speculation.go_on(states, inputs.batch.sample_rows, inputs.batch.slots, results)
         inputs.send(batch)
@@ -129,15 +128,16 @@ class Step:
             at += n
 
     def _sample(self, batch, states, inputs):
-        has_edits, n_tops = len(batch.edits.token) > 0, _n_logprobs(batch)
+        has_edits = len(batch.edits.token) > 0
         results = self._results(len(batch.to_sample), len(batch.decided), batch.n_rounds)
         logits = self._choose(states, inputs, has_edits, results.tokens)
         if batch.n_drafts:
             self.speculation.go_on(states, inputs.sample_rows, inputs.slots, results)
         tops = None
-        if any(n_tops):
+        if _wants_logprobs(batch):
             if has_edits:                                   # they are of the model's own logits
                 logits = self._logits(states, inputs.sample_rows)
+            n_tops = [sequence.task.params.n_logprobs for sequence, _ in batch.to_sample]
             tops = self._top(logits, results.tokens, n_tops)
         return self._sampled(batch, results, tops)
 
@@ -170,6 +170,6 @@ class Step:
         return tops
 
 
-def _n_logprobs(batch):
-    """How many log-probabilities a token each row of batch.to_sample wants."""
-    return [sequence.task.params.n_logprobs for sequence, _ in batch.to_sample]
+def _wants_logprobs(batch):
+    """Whether log-probabilities are asked for with the tokens that the batch decides."""
+    return any(sequence.task.params.n_logprobs for sequence, _, _ in batch.decided)

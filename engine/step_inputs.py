@@ -10,7 +10,7 @@ from engine.kernels.paged import ITEM, TILE_ROWS, PagedInputs, blocks, geometry,
 from engine.sampler import NO_EDITS, LogitEdits, SamplingBatch
 
 ALIGNED = 16                # bytes: whatever a kernel loads at once begins on such a boundary
-EDITS_A_ROW = 512           # LogitEdits that a captured decode step has room for, a sequence
+EDITS_A_ROW = 512           # LogitEdits that a step has room for, of each row whose next token is decided
 MOST_FIELDS = 96            # of a step, each of which may leave ALIGNED bytes unused
 EDITS_OF_ROWS = ("edits.repetition", "edits.presence", "edits.frequency")       # the others are one an edit
 
@@ -92,28 +92,20 @@ class DecodeInputs:
     n_seqs, n_drafts  sequences, and drafts of each to judge and to make, at most
     batch      the StagedBatch, of the largest size; rows beyond a step's own are token 0, cached nowhere, attended to
                nothing and sampled greedily, and nobody reads what comes of them
-    has_edits  whether there is room for LogitEdits
+    n_edits    LogitEdits that there is room for
     """
 
-    def __init__(self, n_seqs, n_drafts, packed, batch, arrays_of, n_edits):
-        self.n_seqs, self.n_drafts = n_seqs, n_drafts
-        self.batch, self._packed, self._arrays_of, self._n_edits = batch, packed, arrays_of, n_edits
+    def __init__(self, n_seqs, n_drafts, n_edits, packed, batch, arrays_of):
+        self.n_seqs, self.n_drafts, self.n_edits = n_seqs, n_drafts, n_edits
+        self.batch, self._packed, self._arrays_of = batch, packed, arrays_of
         self._padding = {"token_ids": 0, "positions": 0, "sample_rows": 0, "sampling.is_greedy": True,
                          "per_layer_rows": 0,
                          **{f"slots{p}": -1 for p in range(len(batch.pools))}}
 
-    @property
-    def has_edits(self):
-        return self._n_edits > 0
-
     def __str__(self):
         """What tells it from others."""
-        more = [f"{self.n_drafts} drafts"] * (self.n_drafts > 0) + ["edits"] * self.has_edits
+        more = [f"{self.n_drafts} drafts"] * (self.n_drafts > 0) + [f"{self.n_edits} edits"] * (self.n_edits > 0)
         return f"{self.n_seqs}{' with ' * bool(more)}{' and '.join(more)}"
-
-    def holds(self, batch):
-        """Whether the batch's edits fit."""
-        return len(batch.edits.token) <= self._n_edits
 
     def send(self, batch):
         """Starts the copy of a decode Batch."""
@@ -168,16 +160,17 @@ class Stager:
         packed.send(arrays)
         return self._staged(packed.device)
 
-    def decode(self, n_seqs, n_drafts, has_edits):
-        """The DecodeInputs for up to n_seqs sequences with n_drafts drafts each, and EDITS_A_ROW edits of each of their
-        rows where it has any."""
-        key = n_seqs, n_drafts, has_edits
+    def decode(self, n_seqs, n_drafts, n_edits):
+        """The DecodeInputs for up to n_seqs sequences with n_drafts drafts each, and n_edits LogitEdits in all."""
+        n_rows = min(n_seqs * (1 + n_drafts), self._max_tokens)
+        n_edits = edits_room(n_rows, n_edits)
+        key = n_seqs, n_drafts, n_edits
         if key not in self._decode_inputs:
-            n_rows = min(n_seqs * (1 + n_drafts), self._max_tokens)
-            n_edits = n_rows * EDITS_A_ROW * has_edits
-            packed = Packed(self._decode_buffer, self._decode_fields(n_seqs, n_drafts, n_rows, n_edits))
-            self._decode_inputs[key] = DecodeInputs(n_seqs, n_drafts, packed, self._staged(packed.device),
-                                                    self._arrays, n_edits)
+            fields = self._decode_fields(n_seqs, n_drafts, n_rows, n_edits)
+            if Packed.n_bytes(fields) > len(self._decode_buffer.host):      # those made before keep theirs
+                self._decode_buffer = self._lane.step_buffer(2 * Packed.n_bytes(fields))
+            packed = Packed(self._decode_buffer, fields)
+            self._decode_inputs[key] = DecodeInputs(*key, packed, self._staged(packed.device), self._arrays)
         return self._decode_inputs[key]
 
     def _decode_fields(self, n_seqs, n_drafts, n_rows, n_edits):
@@ -272,6 +265,15 @@ class Stager:
                            n_decode_work=arrays[f"{work}.n_decode"], n_decode_blocks=blocks(len(decode), n_kv_heads),
                            prefill_work=prefill, n_prefill_work=arrays[f"{work}.n_prefill"],
                            n_prefill_blocks=blocks(len(prefill), n_kv_heads))
+
+
+def edits_room(n_rows, n_edits):
+    """LogitEdits that inputs of n_rows rows have room for if they are to hold n_edits: none, EDITS_A_ROW a row, or 8, 64,
+    ... times as many, so that a growing text seldom needs another graph."""
+    room = n_rows * EDITS_A_ROW
+    while room < n_edits:
+        room *= 8
+    return room if n_edits else 0
 
 
 def _aligned(n_bytes):

@@ -5,6 +5,7 @@ from time import perf_counter
 import numpy as np
 
 from engine.outputs import RequestMetrics, RequestOutput
+from engine.text_edits import TextEdits
 
 
 class Generation:
@@ -26,6 +27,7 @@ class Generation:
         self._marks = None if params.is_greedy else marks         # a greedy text stays the same
         self._is_thinking = bool(self._marks) and self._marks.after(False, prompt_ids)
         self.stop_ids = frozenset(params.stop_token_ids) | frozenset(() if params.ignore_eos else eos_ids)
+        self._edits = TextEdits(params, prompt_ids, banned=self.stop_ids if params.min_tokens else ())
         self.first_logit = 0 if params.prompt_logprobs else len(prompt_ids) - 1
         self.output = RequestOutput(prompt_token_ids=list(prompt_ids), logprobs=[] if params.n_logprobs else None,
                                     prompt_logprobs=[None] if params.prompt_logprobs else None,
@@ -45,17 +47,13 @@ class Generation:
         return min(self.params.max_tokens - len(ids), self.max_len - len(self.prompt_ids) - len(ids))
 
     def edits(self, drafts=()):
-        """What LogitEdits.build takes of the row that decides the token behind `drafts`."""
-        ids = self.output.token_ids
-        banned = self.stop_ids if len(ids) + len(drafts) < self.params.min_tokens else ()
-        if drafts and self.params.has_penalties:                # else nobody reads them, and they may be many
-            ids = [*ids, *drafts]
-        return self.params, self.prompt_ids, ids, banned
+        """What LogitEdits.build takes of the rows that decide the next token and those behind each of `drafts`."""
+        return self._edits.rows(drafts, n_banned=self.params.min_tokens - len(self.output.token_ids))
 
-    def rule(self, n_drafts=0):
-        """What SamplingBatch.build takes of the row that decides the token behind so many drafts: draws are keyed by
-        the absolute index of the token they decide."""
-        return self.params, self.seed, len(self.prompt_ids) + len(self.output.token_ids) + n_drafts
+    def rule(self):
+        """What SamplingBatch.build takes of the row that decides the next token: draws are keyed by the absolute index
+        of the token they decide."""
+        return self.params, self.seed, len(self.prompt_ids) + len(self.output.token_ids)
 
     def relaxed(self, drafts):
         """For each drafted token whether the relaxed rule judges it: where the model thinks, as far as the text and the
@@ -78,6 +76,7 @@ class Generation:
         if not output.token_ids:
             output.metrics.first_token_s = perf_counter() - self._submitted
         output.token_ids.append(token)
+        self._edits.append(token)
         if self._marks:
             self._is_thinking = self._marks.after(self._is_thinking, (token,))
         if params.n_logprobs:

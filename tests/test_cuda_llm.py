@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
-from engine import LLM, SamplingParams
+from engine import LLM, SamplingParams, step_inputs
 from engine.errors import MemoryPlanError
 from engine.kernels import cublas
 from engine.workspace import MOST_TOP
@@ -121,6 +121,21 @@ def test_an_eager_step_allocates_nothing_copies_in_once_and_reads_back_once(gpu,
         assert counts.pop("launches") > 0
         read = {"copies out": 1, "waits": 1} if n_sampled else {}
         assert counts == {"copies in": 1, **read}
+
+
+def test_steps_of_many_edits_are_replayed_too(gpu, monkeypatch):
+    """Two sequences with penalties whose text outgrows the room of the first graphs, beside one without."""
+    monkeypatch.setattr(step_inputs, "EDITS_A_ROW", 8)
+    prompts, arguments = prompts_of(CASES[0], 3), {"repetition_penalty": 1.4, "ignore_eos": True, "max_tokens": 24}
+    params = [SamplingParams(temperature=0, **arguments), SamplingParams(seed=1, **arguments), GREEDY]
+    expected = [output.token_ids for output in open_llm(CASES[0], graphs=False).generate(prompts, params)]
+    llm = open_llm(CASES[0])
+    for _ in range(2):
+        seen = watch(llm, counts_of)
+        assert [output.token_ids for output in llm.generate(prompts, params)] == expected
+    decodes = [counts for is_decode, _, counts in seen if is_decode]
+    assert all(counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1} for counts in decodes), decodes
+    assert "4 with 32 edits, 2 with 128 edits of" in str(llm.graphs)
 
 
 def test_explain_tells_of_graphs(gpu):

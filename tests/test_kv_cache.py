@@ -325,7 +325,8 @@ def test_batch_arrays_against_positions_one_by_one(window, page_size, data):
                 context = sequence.n_cached + n
                 assert row == (begin, begin + n, context)
                 live = range(sequence.page_lists[p].first, -(-context // page_size))
-                assert [paged.page_table[paged.page_begin[i] + page] for page in live] == sequence.page_lists[p].pages
+                got = [paged.page_table[paged.page_begin[i] + page] for page in live]
+                assert got == list(sequence.page_lists[p].pages)
                 begin += n
                 oldest = sequence.page_lists[p].first * page_size
                 for read in range(oldest, context):

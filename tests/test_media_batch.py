@@ -33,8 +33,8 @@ def sequence_of(cache, n_tokens, runs=(), first_logit=None, samples=False):
     """Tokens are 10, 11, ... and IMAGE at the soft tokens of runs [(begin, n)]."""
     media = [MediaRun(begin, picture(f"{begin}", n)) for begin, n in runs]
     task = SimpleNamespace(first_logit=n_tokens - 1 if first_logit is None else first_logit, hidden=None,
-                           samples=samples, rule=lambda n_drafts: (SamplingParams(), 0, 0),
-                           edits=lambda drafts: (SamplingParams(), [], [], ()))
+                           samples=samples, rule=lambda: (SamplingParams(), 0, 0),
+                           edits=lambda drafts: [(SamplingParams(), None)])
     tokens = list(range(10, 10 + n_tokens))
     for run in media:
         tokens[run.begin:run.end] = [IMAGE] * run.picture.n_tokens

@@ -7,6 +7,7 @@ from engine import sampler
 from engine.errors import ShapeError
 from engine.sampler import LIKELIEST, LogitEdits, SamplingBatch, apply_edits, draw, sample, target_weights, top_logprobs
 from engine.sampling_params import SamplingParams
+from engine.text_edits import TextEdits
 
 RULES = {
     "plain": SamplingParams(),
@@ -322,7 +323,22 @@ def test_no_rows():
     assert sample(np.zeros((0, 5), np.float32), batch_of()).tolist() == []
 
 
+def test_rows_along_a_text_are_those_of_each_position():
+    """As slots of drafts have them: one rule a sequence, and the position that each slot decides."""
+    starts, counts = [(params, 7 + i, 30 * i) for i, params in enumerate(RULES.values())], [3, 1, 5, 1, 2, 1, 1, 4]
+    expected = batch_of(*((params, seed, at + j) for (params, seed, at), n in zip(starts, counts, strict=True)
+                          for j in range(n)))
+    got = batch_of(*starts).along(counts)
+    for name, column in vars(expected).items():
+        assert getattr(got, name).tolist() == column.tolist() and getattr(got, name).dtype == column.dtype
+
+
 # Edits
+
+def edits_of(*rows):
+    """LogitEdits of (SamplingParams, prompt ids, output ids, banned ids) per row."""
+    return LogitEdits.build(row for one in rows for row in TextEdits(*one).rows(n_banned=1))
+
 
 def brute_force_edits(logits, rows):
     """The rule of apply_edits, a scalar at a time in float32."""
@@ -352,16 +368,16 @@ def test_edits_match_brute_force(seed):
     logits = (rng.standard_normal((5, 30)) * 5).astype(np.float32)
     want = logits.copy()
     brute_force_edits(want, rows)
-    apply_edits(logits, LogitEdits.build(rows))
+    apply_edits(logits, edits_of(*rows))
     assert (logits.view(np.int32) == want.view(np.int32)).all()
 
 
 def test_rows_without_edits_keep_their_logits():
     logits = seeded_logits(40).reshape(2, 20)
     before = logits.copy()
-    apply_edits(logits, LogitEdits.build([(SamplingParams(), [1, 2], [3], ())] * 2))
+    apply_edits(logits, edits_of(*[(SamplingParams(), [1, 2], [3], ())] * 2))
     assert (logits == before).all()
-    apply_edits(logits, LogitEdits.build([(SamplingParams(), [1, 2], [3], ()), (SamplingParams(), [1], [3], [7])]))
+    apply_edits(logits, edits_of((SamplingParams(), [1, 2], [3], ()), (SamplingParams(), [1], [3], [7])))
     assert logits[1, 7] == -np.inf
     logits[1, 7] = before[1, 7]
     assert (logits == before).all()

@@ -101,12 +101,12 @@ def plan(rows, *, n_heads, n_kv_heads, head_dim, window=None, chunk=None, last_v
     """
     group, split = n_heads // n_kv_heads, split_keys(n_kv_heads, window, chunk)
     n_units = max_units(n_kv_heads, head_dim)
-    if last_visible is None and group <= TILE_ROWS and all(end - begin == 1 for begin, end, _ in rows):
-        keys, before = geometry(head_dim, True).keys, (window or NO_LIMIT) - 1
-        tiles = tuple([((context - 1 - min((context - 1) % (chunk or NO_LIMIT), before)) // keys,
-                        (context - 1) // keys + 1) for _, _, context in rows])
-        return WorkPlan(_decode_items(tiles, -(-group // UNIT_ROWS), n_kv_heads, split // keys, n_units, N_BLOCKS),
-                        NO_ITEMS)
+    most = geometry(head_dim, False).rows
+    if last_visible is None and all((end - begin) * group <= most for begin, end, _ in rows):
+        keys, before, limit = geometry(head_dim, True).keys, (window or NO_LIMIT) - 1, chunk or NO_LIMIT
+        tiles = tuple([((n := end - begin) * group, ((first := context - n) - min(first % limit, before)) // keys,
+                        (context - 1) // keys + 1) for begin, end, context in rows])
+        return _plan_of_tiles(tiles, n_kv_heads, split // keys, n_units, N_BLOCKS)
     begin, end, context = np.array(rows, np.int64).reshape(-1, 3).T
     n_rows, first_position = (end - begin) * group, context - (end - begin)
     is_decode = n_rows <= TILE_ROWS
@@ -142,19 +142,23 @@ def plan_drafts(ranges, *, n_heads, n_kv_heads, head_dim, window=None):
     """
     group, keys = n_heads // n_kv_heads, geometry(head_dim, True).keys
     assert group <= TILE_ROWS, f"{group} query heads of a KV head are more than a row tile"
-    tiles = tuple([(max(0, least - (window or NO_LIMIT) + 1) // keys, greatest // keys + 1)
+    tiles = tuple([(group, max(0, least - (window or NO_LIMIT) + 1) // keys, greatest // keys + 1)
                    for least, greatest in ranges])
-    return _decode_items(tiles, -(-group // UNIT_ROWS), n_kv_heads, split_keys(n_kv_heads, window) // keys,
-                         max_units(n_kv_heads, head_dim), N_BLOCKS)
+    return _plan_of_tiles(tiles, n_kv_heads, split_keys(n_kv_heads, window) // keys, max_units(n_kv_heads, head_dim),
+                          N_BLOCKS).decode
 
 
 @lru_cache(maxsize=16)
-def _decode_items(tiles, units_of_part, *limits):
-    """The items of sequences that decode one token each. tiles: a (begin, end) of key tiles each, which stay the same
-    for as many steps as a tile has keys: most steps of few sequences find their items here."""
-    sequence = np.arange(len(tiles))
-    begin, end = np.array(tiles, np.int64).reshape(-1, 2).T
-    return _items(sequence, np.zeros_like(sequence), np.full_like(sequence, units_of_part), begin, end, *limits)
+def _plan_of_tiles(tiles, *limits):
+    """The WorkPlan of sequences with a row tile each. tiles: (n rows, begin, end) in key tiles, which stay the same for
+    as many tokens as a tile has keys: most steps of few sequences, with drafts or without, find their plan here."""
+    n_rows, begin, end = np.array(tiles, np.int64).reshape(-1, 3).T
+
+    def items(which):
+        sequence = np.flatnonzero(which)
+        return _items(sequence, np.zeros_like(sequence), -(-n_rows[which] // UNIT_ROWS), begin[which], end[which],
+                      *limits) if len(sequence) else NO_ITEMS
+    return WorkPlan(items((n_rows > 0) & (n_rows <= TILE_ROWS)), items(n_rows > TILE_ROWS))
 
 
 def _items(sequence, first_row, units_of_part, begin, end, n_kv_heads, split, n_units, n_blocks):

@@ -392,18 +392,27 @@ def test_the_plan_gives_each_row_and_split_to_one_block(n_heads, n_kv_heads, see
 @pytest.mark.parametrize("see", [{}, {"window": 100}, {"window": 4096}, {"chunk": 300}], ids=str)
 @pytest.mark.parametrize("n_heads, n_kv_heads, head_dim", [(1, 1, 64), (16, 4, 256), (40, 8, 128), (64, 4, 512)])
 def test_the_plan_of_decode_steps_is_that_of_any_step(n_heads, n_kv_heads, head_dim, see):
-    """Steps of one token a sequence take a shorter way; saying that each token sees itself takes the other one."""
+    """Steps of a token or a few a sequence take a shorter way; saying that each token sees itself takes the other."""
     rng = np.random.default_rng(n_heads)
     dims = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_dim": head_dim, **see}
     for n_seqs in (0, 1, 2, 7, 64):
         for longest in (70, 3000, 40000):
             contexts = rng.integers(1, longest, n_seqs)
-            for later in (0, 1, 40, 64):                            # the same tiles, and the next ones
-                rows = [(i, i + 1, context + later) for i, context in enumerate(contexts.tolist())]
-                for got, expected in zip(plan(rows, **dims), plan(rows, **dims, last_visible=contexts + later - 1),
+            several = rng.integers(0, 7, n_seqs)
+            for later, news in product((0, 1, 40, 64), (several * 0 + 1, several)):     # the same tiles, and the next
+                rows = rows_of(list(zip(news.tolist(), (contexts + later + news - 1).tolist(), strict=True)))
+                positions = [at for a, b, context in rows for at in range(context - (b - a), context)]
+                for got, expected in zip(plan(rows, **dims), plan(rows, **dims, last_visible=np.array(positions, int)),
                                          strict=True):
                     assert got.dtype == np.int32 and got.flags.c_contiguous
                     np.testing.assert_array_equal(got, expected)
+
+
+@pytest.mark.parametrize("n_new", [1, 5])
+def test_a_step_whose_tiles_are_those_of_the_last_finds_its_plan(n_new):
+    """With drafts too, as long as the last position is in one key tile, here of 64, and the first sees all."""
+    plans = [plan([(0, n_new, context)], n_heads=32, n_kv_heads=4, head_dim=128) for context in range(70, 120)]
+    assert all(a is b for a, b in pairwise(plans))
 
 
 @pytest.mark.parametrize("n_kv_heads, head_dim, window", [(4, 128, 512), (2, 32, 16), (1, 64, 100), (8, 16, 256)])
@@ -441,6 +450,20 @@ def test_decode_reads_keys_and_values_once(lane, head_dim, n_kv_heads, group, wi
         head_dim=head_dim, n_tokens=2, n_heads=n_kv_heads * group, n_part_rows=len(work) * n_kv_heads * group,
         n_index_bytes=4 * (work.size + 1 + n_tables + 2 + 2 + 3 + n_counts)),
         cost.attention(case.q, case.k, case.v, inputs, scale=case.scale, out=out, **case.see))
+
+
+@pytest.mark.parametrize("head_dim, sequences, see", [
+    (64, [(40, 140)], {}), (128, [(40, 140), (33, 33)], {"chunk": 64}), (256, [(70, 300), (20, 90)], {"window": 50}),
+    (256, [(40, 40)], {"last_visible": [*range(8), *32 * [39]], "first_visible": [*range(8), *32 * [8]],
+                       "window": 12})])
+def test_prefill_touches_what_its_cost_says(lane, head_dim, sequences, see):
+    """Each byte once: tiles of queries read K and V anew, from a cache. Two numbers of its lists may stay unread."""
+    case = Case.make(sequences, head_dim, 2, 2, **see)
+    inputs = case.inputs(lane.put)
+    out = attend(lane, case, inputs)
+    see = {name: case.see.get(name) for name in ("window", "chunk")}
+    got = cost.attention(case.q, case.k, case.v, inputs, scale=case.scale, out=out, **see)
+    assert 0 <= got.traffic_bytes - lane.traffic().distinct_bytes <= 8
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256, 512])       # rows of 80 are copied with some: 10 chunks to 8 banks

@@ -18,9 +18,9 @@ def small(lane, monkeypatch):
     """The lane, of a small machine: rows are cut into parts, and blocks have several of them."""
     monkeypatch.setattr(planning, "N_BLOCKS", 24)
     monkeypatch.setattr(planning, "PARTIAL_FLOATS", 2**20)
-    planning._decode_items.cache_clear()
+    planning._plan_of_tiles.cache_clear()
     yield lane
-    planning._decode_items.cache_clear()
+    planning._plan_of_tiles.cache_clear()
 
 
 def planned_for(lane, case, spread):

@@ -14,6 +14,7 @@ from engine.sampler import MAX_VOCAB, LogitEdits, SamplingBatch
 from engine.sampling_params import SamplingParams
 from engine.workspace import MOST_TOP, Scratch
 from tests.kernels.declared import least_bytes
+from tests.test_sampler import edits_of
 
 REAL_VOCAB = 262144
 VOCABS = [1, 2, 5, 12, 16, 20, 24, 40, 48, 72, 1000, 5001]
@@ -221,7 +222,7 @@ def test_edits_are_those_of_the_host(lane, vocab, spare):
                               frequency_penalty=float(rng.choice([0, 0.3])))
         prompt, output = (rng.integers(0, vocab, n).tolist() for n in rng.integers(0, 300, 2))
         rows.append((rule, prompt, output, rng.integers(0, vocab, rng.integers(0, 3)).tolist()))
-    edits = LogitEdits.build(rows)
+    edits = edits_of(*rows)
     logits = random_logits(rng, 6, vocab)
     got = lane.put(logits)
     apply_edits(got, on_lane(lane, padded(edits, len(edits.token) + spare)))
@@ -232,7 +233,7 @@ def test_edits_are_those_of_the_host(lane, vocab, spare):
 
 
 def test_no_edits_change_no_logit(lane):
-    edits = LogitEdits.build([(SamplingParams(), [1], [2], [7])] * 2)
+    edits = edits_of(*[(SamplingParams(), [1], [2], [7])] * 2)
     edits = padded(edits, 9)
     logits = lane.put(np.ones((2, 8), np.float32))
     apply_edits(logits, on_lane(lane, replace(edits, n_edits=np.zeros(1, np.int32))))
@@ -345,7 +346,7 @@ def test_top_logprobs_move_what_their_headers_say(lane, monkeypatch):
 
 def test_edits_move_what_their_header_says(lane, monkeypatch):
     rows = [(SamplingParams(frequency_penalty=0.5), [], list(range(4096)), ())] * 3
-    edits = padded(LogitEdits.build(rows), 13000)
+    edits = padded(edits_of(*rows), 13000)
     logits, staged = lane.zeros((3, 4096), np.float32), on_lane(lane, edits)
     assert_traffic(lane, monkeypatch, lambda: apply_edits(logits, staged),
                    {"n_edits": int(edits.n_edits[0]), "n_edited_rows": 3}, cost.apply_edits(logits, staged))
@@ -377,5 +378,5 @@ def test_what_does_not_fit_is_refused(lane):
     with pytest.raises(ShapeError, match=r"top_logprobs: n is 9, expected 0 .. 8"):
         tops_of(lane, np.zeros((2, 8), np.float32), [0, 0], 9)
     with pytest.raises(ShapeError, match=r"apply_edits: bias is \[9\] float64, expected \[capacity=9\] float32"):
-        edits = padded(LogitEdits.build([(SamplingParams(), [1], [2], [7])] * 2), 9)
+        edits = padded(edits_of(*[(SamplingParams(), [1], [2], [7])] * 2), 9)
         apply_edits(logits, replace(edits, bias=lane.zeros(9, np.float64)))

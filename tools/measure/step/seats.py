@@ -10,7 +10,7 @@ from engine.config import EngineConfig
 from engine.core import Core
 from engine.errors import MemoryPlanError
 from engine.kv_cache import pool_specs
-from engine.memory_plan import plan_memory
+from engine.memory_plan import plan_memory, step_limits
 from engine.sampler import NO_EDITS, SamplingBatch
 from engine.sampling_params import SamplingParams
 from engine.tasks import Generation
@@ -105,7 +105,9 @@ def config_of(spec, needs, lane, options, draft=None):
                           max_seq_len=max(need.longest for need in needs), max_batch_tokens=most_tokens,
                           progress=False, **options)
     pools, memory = pool_specs(spec), lane.memory_bytes()
-    wanted = [max(need.pages(pool, config.page_size) for need in needs) for pool in pools]
+    longest_run, _ = step_limits(spec, config, config.max_seq_len)          # the plan wants room for one picture
+    wanted = [max(pool.pages_needed(config.max_seq_len, config.page_size, longest_run),
+                  *(need.pages(pool, config.page_size) for need in needs)) for pool in pools]
     n_bytes = sum(n * config.page_size * pool.token_bytes(lane.dtype.itemsize)
                   for n, pool in zip(wanted, pools, strict=True))
     for _ in range(MOST_GROWTHS):
@@ -175,7 +177,8 @@ def seat(core, tokens, n_cached):
     core.scheduler.waiting.remove(sequence)
     core.scheduler.running.append(sequence)
     for held, pages, first, n in zip(sequence.page_lists, cache.allocators, firsts, counts, strict=True):
-        held.first, held.pages = first, pages.allocate(n)
+        held.first = first
+        held.pages.extend(pages.allocate(n))
     sequence.n_cached = n_cached
     return sequence
 
