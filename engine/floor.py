@@ -9,25 +9,27 @@ from engine.models.spec import DenseSpec, MoeSpec
 from engine.roofline import Cost
 
 
-def floor(spec, rows, weight_bytes=2, kv_bytes=2, latent=False):
-    """The least a step of `spec` costs, whoever computes it: the sum of floor_parts()."""
-    return sum(floor_parts(spec, rows, weight_bytes, kv_bytes, latent).values(), Cost())
+def floor(spec, rows, weight_bytes=2, kv_bytes=2, latent=False, drops=False):
+    """The least a step of `spec` costs, whoever computes it (of a prompt, with `drops`): the sum of floor_parts()."""
+    return sum(floor_parts(spec, rows, weight_bytes, kv_bytes, latent, drops).values(), Cost())
 
 
-def floor_parts(spec, rows, weight_bytes=2, kv_bytes=2, latent=False):
+def floor_parts(spec, rows, weight_bytes=2, kv_bytes=2, latent=False, drops=False):
     """{"linear" | "experts" | "attention" | "head": Cost} of a step.
 
     rows          [(n_seqs, n_query, context)], or with a fourth, the logits wanted of each sequence (1, of its last
                   token): n_seqs sequences compute n_query tokens each, and then have `context` positions in the cache
-    weight_bytes  of one weight: 2, 1 or 0.5
+    weight_bytes  of one weight: 4, 2, 1 or 0.5
     kv_bytes      of one element of K or V
     latent        layers whose v is k cache it once, and of k beside it only what RoPE turns: a what-if
+    drops         from layer spec.drops_at on only the tokens whose logits are wanted count, and of the others what
+                  their K and V take there: our steps leave the rest out. Else every layer counts for every token, as
+                  tables of floors do
     Raises ValueError for rows that cannot be.
 
     Counted: each matrix that the tokens touch, once, with the experts that uniform routing is expected to hit; the rows
     of the embedding tables; K and V of each position that a sequence's tokens see, once a layer, read or, where it is
-    new, written. Layers with the K and V of another layer read them too. Every layer counts for every token, though a
-    step that drops the positions nobody asked for does less in its last one. Not counted: norms' weights, activations,
+    new, written. Layers with the K and V of another layer read them too. Not counted: norms' weights, activations,
     logits, and arithmetic outside of matrix products and attention.
     """
     rows = [(*row, 1)[:4] for row in rows]
@@ -38,20 +40,22 @@ def floor_parts(spec, rows, weight_bytes=2, kv_bytes=2, latent=False):
                              "tokens than context nor more logits than new tokens")
     n_tokens = sum(n_seqs * n_query for n_seqs, n_query, _, _ in rows)
     n_logits = sum(n_seqs * n_logits for n_seqs, _, _, n_logits in rows)
-    n_embedded = n_tokens * (spec.hidden + len(spec.layers) * spec.per_layer_input)
-    n_linear = _n_linear(spec)
-    n_head = spec.vocab * spec.hidden if n_logits else 0
-    parts = {"linear": Cost(weight_bytes * (n_linear + n_embedded), flops=2 * n_tokens * n_linear),
-             "experts": sum((experts(layer.mlp, spec.hidden, n_tokens, weight_bytes) for layer in spec.layers), Cost()),
-             "attention": Cost(),
-             "head": Cost(weight_bytes * n_head, flops=2 * n_logits * n_head)}
-    for a in (layer.attention for layer in spec.layers):
+    linear, routed, attended = Cost(weight_bytes * n_tokens * spec.hidden), Cost(), Cost()
+    for i, layer in enumerate(spec.layers):
+        a, is_dropping = layer.attention, drops and i >= spec.drops_at
+        n, n_weights = n_logits if is_dropping else n_tokens, _n_linear_of(layer, spec)
+        n_kv = spec.hidden * (a.qkv_width - a.q_width) if layer.kv_from is None else 0      # weights of k and v
+        linear += Cost(weight_bytes * ((n_weights if n else n_kv) + n * spec.per_layer_input),
+                       flops=2 * (n * n_weights + (n_tokens - n) * n_kv))
+        routed += experts(layer.mlp, spec.hidden, n, weight_bytes)
         kept = 1 + a.rope.partial if latent and a.v_is_k else 2
-        for n_seqs, n_query, context, _ in rows:
-            n_keys, n_pairs = visible(n_query, context, a.window, a.chunk)
-            parts["attention"] += Cost(n_seqs * n_keys * kept * a.kv_width * kv_bytes,
-                                       flops=4 * n_seqs * n_pairs * a.q_width)
-    return parts
+        for n_seqs, n_query, context, n_wanted in rows:
+            n_keys, n_pairs = visible(n_wanted if is_dropping else n_query, context, a.window, a.chunk)
+            n_keys = max(n_keys, n_query) if layer.kv_from is None else n_keys
+            attended += Cost(n_seqs * n_keys * kept * a.kv_width * kv_bytes, flops=4 * n_seqs * n_pairs * a.q_width)
+    n_head = spec.vocab * spec.hidden if n_logits else 0
+    return {"linear": linear, "experts": routed, "attention": attended,
+            "head": Cost(weight_bytes * n_head, flops=2 * n_logits * n_head)}
 
 
 def draft_step(spec, n_seqs, context, weight_bytes=2, kv_bytes=2):
@@ -96,16 +100,18 @@ def n_matrix_weights(spec):
 
 def _n_linear(spec):
     """Elements of the matrices that every token is multiplied by, but for the head."""
-    hidden, n = spec.hidden, len(spec.layers) * spec.hidden * spec.per_layer_input
-    for layer in spec.layers:
-        attention, mlp = layer.attention, layer.mlp
-        projected = attention.qkv_width if layer.kv_from is None else attention.q_width
-        n += hidden * (projected + attention.q_width + 2 * spec.per_layer_input)
-        if type(mlp) is MoeSpec:
-            n += hidden * mlp.n_experts                 # the router
-            mlp = mlp.dense or DenseSpec(0)
-        n += 3 * hidden * mlp.intermediate
-    return n
+    return sum(_n_linear_of(layer, spec) for layer in spec.layers)
+
+
+def _n_linear_of(layer, spec):
+    """Those of one layer, with its share of the projection to per-layer inputs."""
+    attention, mlp = layer.attention, layer.mlp
+    projected = attention.qkv_width if layer.kv_from is None else attention.q_width
+    n_columns = projected + attention.q_width + 3 * spec.per_layer_input
+    if type(mlp) is MoeSpec:
+        n_columns += mlp.n_experts                      # the router
+        mlp = mlp.dense or DenseSpec(0)
+    return spec.hidden * (n_columns + 3 * mlp.intermediate)
 
 
 def launch_share(floor_s, n_launches, gap_s):

@@ -175,9 +175,10 @@ def pick_centroids_cost(n_rows, n_centroids, n_chosen):
     return Cost(4 * n_rows * (n_centroids + n_chosen))
 
 
-def candidate_argmax_cost(n_rows, n_chosen, n_distinct, hidden, itemsize=2):
-    """n_distinct: candidates of all rows, each once."""
-    return Cost(n_rows * (itemsize * hidden + 4 * n_chosen + 4) + n_distinct * (itemsize * hidden + 4), 24 * n_rows)
+def candidate_argmax_cost(n_rows, n_chosen, n_distinct, hidden, n_logits=0, itemsize=2):
+    """n_distinct: candidates of all rows, each once; n_logits: of each row, summed over rows."""
+    return Cost(n_rows * (itemsize * hidden + 4 * n_chosen + 4) + n_distinct * (itemsize * hidden + 4), 24 * n_rows,
+                2 * n_logits * hidden)
 
 
 def no_logits_cost(n):
@@ -185,8 +186,9 @@ def no_logits_cost(n):
 
 
 def candidate_logits_cost(n_rows, n_chosen, n_distinct, n_logits, hidden, itemsize=2):
-    """n_logits: candidates of each row, summed over rows."""
-    return Cost(n_rows * (itemsize * hidden + 4 * n_chosen) + n_distinct * (itemsize * hidden + 4) + 4 * n_logits)
+    """As candidate_argmax_cost."""
+    return Cost(n_rows * (itemsize * hidden + 4 * n_chosen) + n_distinct * (itemsize * hidden + 4) + 4 * n_logits,
+                flops=2 * n_logits * hidden)
 
 
 def sum_weights_cost(vocab, n_bins):

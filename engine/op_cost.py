@@ -315,16 +315,18 @@ def pick_centroids(scores, out):
 def candidate_argmax(g, head, ordering, chosen, out, scratch=None):
     """No two rows are taken to share a candidate, as far as there are tokens, and none to be left out."""
     (n_rows, n_chosen), n_distinct = chosen.shape, _n_candidates(head, ordering, chosen)
-    cost = candidate_argmax_cost(n_rows, n_chosen, n_distinct, g.shape[1], g.dtype.itemsize)
-    return cost if g.dtype.itemsize == KERNEL_ITEMSIZE else Cost(cost.bytes)
+    cost = candidate_argmax_cost(n_rows, n_chosen, n_distinct, g.shape[1], n_rows * n_chosen * ordering.shape[1],
+                                 g.dtype.itemsize)
+    return cost if g.dtype.itemsize == KERNEL_ITEMSIZE else Cost(cost.bytes, flops=cost.flops)
 
 
 def candidate_logits(g, head, ordering, chosen, out):
-    """As candidate_argmax."""
+    """As candidate_argmax. Logits of candidates are written twice."""
     n_rows, n_chosen = chosen.shape
-    cost = candidate_logits_cost(n_rows, n_chosen, _n_candidates(head, ordering, chosen),
-                                 n_rows * n_chosen * ordering.shape[1], g.shape[1], g.dtype.itemsize)
-    return no_logits_cost(out.shape[0] * out.shape[1]) + cost
+    n_logits = n_rows * n_chosen * ordering.shape[1]
+    cost = candidate_logits_cost(n_rows, n_chosen, _n_candidates(head, ordering, chosen), n_logits, g.shape[1],
+                                 g.dtype.itemsize)
+    return no_logits_cost(out.shape[0] * out.shape[1]) + Cost(cost.bytes - 4 * n_logits, 4 * n_logits, cost.flops)
 
 
 def _n_candidates(head, ordering, chosen):

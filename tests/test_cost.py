@@ -24,6 +24,7 @@ from engine.models import describe
 from engine.sampler import LogitEdits, SamplingBatch
 from engine.sampling_params import SamplingParams
 from engine.tasks import Probe
+from engine.text_edits import TextEdits
 from engine.trace import OPS, traced
 from loaders.config import Config
 from loaders.safetensors import Checkpoint
@@ -90,7 +91,14 @@ def test_float32_arrays_count_in_full_and_leave_no_partial_sums():
     assert full.bytes == 2 * half.bytes
 
 
-TABLE, ROWS, WEIGHT = shaped(100, 16), shaped(3, 16), shaped(16)
+class Routes:
+    """Of so many tokens and choices, as far as their cost needs them."""
+
+    def __init__(self, n_tokens, n_chosen, begins=None):
+        self.experts, self.begins = shaped(n_tokens, n_chosen, dtype=np.int32), begins
+
+
+TABLE, ROWS, WEIGHT, ROUTES = shaped(100, 16), shaped(3, 16), shaped(16), Routes(3, 2)
 
 
 @pytest.mark.parametrize("got, n_bytes", [
@@ -118,9 +126,54 @@ TABLE, ROWS, WEIGHT = shaped(100, 16), shaped(3, 16), shaped(16)
     (cost.add_bias(ROWS, WEIGHT, ROWS, None, ROWS), 2 * (3 * 3 + 1) * 16),
     (cost.layer_norm(ROWS, WEIGHT, WEIGHT, 1e-6, ROWS), 2 * (2 * 3 + 2) * 16),
     (cost.linear(ROWS, shaped(32, 16), shaped(3, 32, dtype=np.float32)), 2 * 16 * (32 + 3) + 4 * 3 * 32),
+    (cost.scale_rows(ROWS, shaped(3, 2, dtype=np.float32), shaped(6, 16)), 2 * (3 + 6) * 16 + 4 * 6),
+    (cost.gate_per_layer(shaped(4, 8), shaped(4, 40), 2, shaped(4, 8)), 2 * 3 * 4 * 8),        # 8 of 40 inputs a token
+    (cost.mix_per_layer(*2 * [shaped(3, 40)], shaped(8), 0.7, 1e-6, shaped(3, 40)), 2 * (3 * 3 * 40 + 8)),
+    (cost.add_norms(ROWS, WEIGHT, ROWS, WEIGHT, 1e-6, 0.0, ROWS), 2 * (3 * 3 + 2) * 16),
+    (cost.router_norm(ROWS, WEIGHT, 0.02, 1e-6, ROWS), 2 * (2 * 3 + 1) * 16),
+    (cost.attention_temperature(shaped(5, dtype=np.int32), 0.1, 8192, None), 2 * 4 * 5),
+    (cost.moe_route(shaped(3, 8), WEIGHT[:8], "softmax", ROUTES), 2 * 3 * 8 + 2 * 6 + 8 * 6 + 8 * 6 + 4 * 9),
+    (cost.moe_route(shaped(3, 8), None, "sigmoid", ROUTES), 2 * 3 * 8 + 8 * 6 + 8 * 6 + 4 * 9),
+    (cost.moe_route(shaped(9, 8), WEIGHT[:8], "softmax", Routes(9, 2)), 2 * 9 * 8 + 2 * 8 + 16 * 18 + 4 * 9),
+    (cost.moe_combine(shaped(6, 16, dtype=np.float32), shaped(3, 2, dtype=np.float32), ROWS),
+     4 * 6 * 16 + 4 * 6 + 2 * 3 * 16),
+    (cost.moe_combine(shaped(2, 16, dtype=np.float32), None, ROWS[:1]), 4 * 2 * 16 + 2 * 16),
+    (cost.moe_combine(shaped(0, 16, dtype=np.float32), None, ROWS[:0]), 0),
+    (cost.pick_centroids(shaped(3, 64, dtype=np.float32), shaped(3, 5, dtype=np.int32)), 4 * 3 * (64 + 5)),
+    (cost.accept_drafts(*[shaped(20, dtype=np.int32)] * 2, None, None, shaped(4, dtype=np.int32), None),
+     4 * (20 + 16) + 32 * 4 + 4),
 ])
 def test_bytes_by_hand(got, n_bytes):
     assert (got.bytes, got.extra_bytes) == (n_bytes, 0)
+
+
+class OnDevice(np.ndarray):
+    """An array that is not read."""
+
+
+@pytest.mark.parametrize("on_device, n_active", [(False, 4), (True, 5)])       # 5.47 are expected: 8 (1 - (6/8)^4)
+def test_products_by_expert_read_the_experts_in_use(on_device, n_active):
+    """4 tokens of 16 values, 2 of 8 experts each, 4 of them in use, 12 wide."""
+    begins = np.array([0, 0, 3, 3, 5, 5, 6, 8, 8], np.int32)
+    routes = Routes(4, 2, begins.view(OnDevice) if on_device else begins)
+    x, lists = shaped(4, 16), 4 * (8 + 9)
+    up = cost.moe_gated_linear(x, shaped(8, 24, 16), routes, shaped(8, 12), False, "silu", False)
+    assert up == Cost(2 * 16 * (24 * n_active + 4) + 2 * 8 * 12, lists, 2 * 8 * 16 * 24)
+    down = cost.moe_linear(shaped(8, 12), shaped(8, 16, 12), routes, shaped(8, 16, dtype=np.float32), False)
+    assert down == Cost(2 * 12 * (16 * n_active + 8) + 4 * 8 * 16, lists, 2 * 8 * 12 * 16)
+
+
+@pytest.mark.parametrize("dtype, itemsize", [(BF16, 2), (np.float32, 4)])
+@pytest.mark.parametrize("n_rows, n_distinct", [(3, 24), (60, 64)])             # of a vocabulary of 64 tokens
+def test_candidates_are_a_product_with_rows_of_the_head(n_rows, n_distinct, dtype, itemsize):
+    """Of 16 centroids of 4 tokens each row takes 2; a row of the head has 32 values."""
+    arrays = (shaped(n_rows, 32, dtype=dtype), shaped(64, 32, dtype=dtype), shaped(16, 4, dtype=np.int32),
+              shaped(n_rows, 2, dtype=np.int32))
+    n_bytes = n_rows * (itemsize * 32 + 4 * 2) + n_distinct * (itemsize * 32 + 4)
+    flops = 2 * n_rows * 8 * 32
+    assert cost.candidate_argmax(*arrays, None) == Cost(n_bytes + 4 * n_rows, 24 * n_rows * (dtype == BF16), flops)
+    logits = shaped(n_rows, 64, dtype=np.float32)
+    assert cost.candidate_logits(*arrays, logits) == Cost(n_bytes + 4 * 64 * n_rows, 4 * 8 * n_rows, flops)
 
 
 @pytest.mark.parametrize("v_is_k, n_in", [(False, 4 + 2 + 2), (True, 4 + 2)])
@@ -131,6 +184,13 @@ def test_rotation_reads_the_heads_that_there_are(v_is_k, n_in):
                                   shaped(3, dtype=np.int32), pages, pages, n_heads=4, v_norm=False, v_is_k=v_is_k,
                                   eps=1e-6, weight_offset=0.0, out=shaped(3, 64))
     assert got == Cost(2 * 16 * (3 * (n_in + 4 + 2 * 2) + 2) + 3 * 2 * 4 * 4 + 4 * 3)
+
+
+def test_queries_alone_read_and_write_themselves():
+    """3 tokens of 4 heads, without rotation: q in and out, one norm."""
+    got = cost.qk_norm_rope_cache(shaped(3, 64), WEIGHT, *5 * [None], n_heads=4, v_norm=False, v_is_k=False, eps=1e-6,
+                                  weight_offset=0.0, out=shaped(3, 64))
+    assert got == Cost(2 * 16 * (3 * (4 + 4) + 1))
 
 
 @given(n_query=st.integers(0, 40), before=st.integers(0, 60), window=st.none() | st.integers(1, 30),
@@ -179,6 +239,14 @@ def test_attention_reads_its_lists(see, n_keys, n_pages, is_image):
     assert got.flops == 4 * 8 * 64 * n_keys
 
 
+@pytest.mark.parametrize("context, n_pages", [(16, 1), (17, 2), (32, 2), (33, 3)])
+def test_attention_reads_no_page_behind_the_last_position(context, n_pages):
+    q, pages, rows = shaped(1, 8 * 64), shaped(4, 16, 2, 64), [(0, 1, context)]
+    n_items = paged.plan(rows, n_heads=8, n_kv_heads=2, head_dim=64).decode.size
+    got = cost.attention(q, pages, pages, PagedBatch([PageList([])], None, rows, 16), scale=1.0, out=q)
+    assert got.extra_bytes == 4 * (n_items + 1 + n_pages + 1 + 1 + 2)
+
+
 def test_attention_in_parts_writes_them_and_counts_them():
     """A sum, a largest and a total of each head and part, written and read, and a counter of each KV head."""
     rows, q, pages = [(0, 1, 3000)], shaped(1, 8 * 64), shaped(4, 16, 2, 64)
@@ -201,6 +269,14 @@ def test_attention_to_all_of_an_image_counts_it(see, is_whole, n_pairs):
     assert got.flops == 4 * 4 * 64 * n_pairs
 
 
+def test_attention_counts_images_of_each_sequence():
+    """Positions 3 and 4 of one sequence, 6 to 9 of another, whose last three are of an image that goes on to 12."""
+    q, pages = shaped(6, 4 * 64), shaped(400, 16, 2, 64)
+    last = np.array([3, 4, 6, *3 * [12]], np.int32)
+    batch = PagedBatch([PageList([])] * 2, None, [(0, 2, 5), (2, 6, 10)], 16, last)
+    assert cost.attention(q, pages, pages, batch, scale=1.0, out=q).flops == 4 * 4 * 64 * (4 + 5 + 7 + 3 * 10)
+
+
 def test_sampling_reads_the_logits_once_and_again():
     logits, rows = shaped(2, 50_000, dtype=np.float32), [(SamplingParams(top_k=5), 0, 0)] * 2
     batch = SamplingBatch.build(rows)
@@ -214,8 +290,12 @@ def test_sampling_reads_the_logits_once_and_again():
     tokens = cost.sample_with_drafts(logits, batch, *3 * [None])
     assert drafts.bytes == got.bytes + logits.nbytes == tokens.bytes - 2 * 4         # a draft each
     assert [round(op.traffic_bytes / logits.nbytes) for op in (drafts, tokens)] == [5, 5]
-    assert cost.relax_drafts(logits, None, None, 10, 0.6, None).bytes == logits.nbytes + 2 * 9
-    edits = LogitEdits.build([(SamplingParams(frequency_penalty=1.0), [], [1, 2, 3], ())] * 2)
+    places = cost.sample_drafts(logits, batch, None, logits, positions=1), cost.sample_with_drafts(
+        logits, batch, *3 * [None], prob_rows=1)
+    assert [more.bytes - op.bytes for more, op in zip(places, (drafts, tokens), strict=True)] == 2 * [2 * 4]
+    relaxed = cost.relax_drafts(logits, None, None, 10, 0.6, None)
+    assert relaxed.bytes == logits.nbytes + 2 * 9 and 2 * logits.nbytes < relaxed.traffic_bytes < 2.5 * logits.nbytes
+    edits = LogitEdits.build(TextEdits(SamplingParams(frequency_penalty=1.0), output=[1, 2, 3]).rows() * 2)
     assert cost.apply_edits(logits, edits) == Cost(4 + 6 * 26 + 2 * 12)
 
 
@@ -252,7 +332,7 @@ def test_the_ops_of_a_step_do_the_work_of_its_floor(checkpoints, family):
 
 def test_explain_says_the_least_work(llm):
     length = llm.max_seq_len
-    least = [sum(floor_parts(llm.spec, [row], weight_bytes=4, kv_bytes=4).values(), Cost())
+    least = [sum(floor_parts(llm.spec, [row], weight_bytes=4, kv_bytes=4, drops=True).values(), Cost())
              for row in ((1, 1, length), (1, length, length))]
     for what, part in zip((f"a token after {length - 1}", f"a prompt of {length} tokens"), least, strict=True):
         assert f"least work, {what}: {part.bytes / 1e9:.3g} GB and {part.flops / 1e9:.3g} GFLOP" in llm.explain()

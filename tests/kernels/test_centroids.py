@@ -13,6 +13,7 @@ from engine.kernels.centroids import (
     candidate_logits,
     pick_centroids,
 )
+from engine.kernels.source import Build
 from engine.workspace import Scratch
 from tests.kernels.closeness import bf16, f64
 from tests.kernels.declared import assert_least_traffic, least_bytes
@@ -197,3 +198,24 @@ def test_candidates_move_the_least(lane):
     out = at.argmax(lane)
     least = least_bytes("centroids.cu", "candidate_argmax", n_rows=2, n_chosen=4, n_distinct=256, hidden=64)
     assert_least_traffic(lane.traffic(), least, cost.candidate_argmax(*at.arrays, out))
+
+
+def test_logits_of_candidates_touch_the_least(lane, monkeypatch):
+    """No bank meets twice; each logit is a sector of its own."""
+    at, seen, launch = Head(9, 2, 8, 32, 4, 64), {}, Build.launch
+    at.chosen[:] = np.random.default_rng(0).permutation(8).reshape(2, 4)
+
+    def watched(build, *args, **named):
+        launch(build, *args, **named)
+        seen[build.entry] = lane.traffic()
+
+    monkeypatch.setattr(Build, "launch", watched)
+    op = cost.candidate_logits(*at.arrays, at.logits(lane))
+    sizes = {"n": 2 * 256, "n_rows": 2, "n_chosen": 4, "n_distinct": 256, "hidden": 64, "n_logits": 2 * 4 * 32}
+    least = {entry: least_bytes("centroids.cu", entry, **sizes) for entry in ("no_logits", "candidate_logits")}
+    assert {entry: traffic.distinct_bytes for entry, traffic in seen.items()} == least
+    assert sum(least.values()) == op.traffic_bytes
+    assert seen["no_logits"].moved_bytes == least["no_logits"]
+    assert seen["candidate_logits"].moved_bytes - seen["candidate_logits"].small_reread_bytes <= (
+        1.1 * least["candidate_logits"] + (32 - 4) * sizes["n_logits"])
+    assert not any(traffic.bank_conflicts for traffic in seen.values())

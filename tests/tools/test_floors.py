@@ -59,6 +59,34 @@ def test_resident_counts_weights_once_and_one_window_of_sliding_layers():
         n_weights(spec) / 2 + (4 * 4096 + 22 * 512 + 4 * 600 + 22 * 512) * one / 2)
 
 
+@pytest.mark.parametrize("name, case, weight_bytes, printed", [
+    ("gemma-4-31b", "64*1@1024", 2, 112), ("gemma-4-31b", "8*1@32768", 2, 83), ("gemma-4-31b", "64*1@8192", 2, 147),
+    ("gemma-3-27b", "64*1@32768", 2, None), ("gemma-4-31b", "64*1@32768", 2, None),
+    ("llama-4-scout", "64*1@32768", 1, None), ("llama-4-scout", "1@1", 2, None)])
+def test_resident_is_that_of_tables_worked_out_apart_from_it(name, case, weight_bytes, printed):
+    """GiB of one H200, which has 139; None is more."""
+    resident = resident_bytes(preset(name).text_only(), parse_case(f"decode={case}"), weight_bytes, 2) / 2**30
+    assert resident > 139 if printed is None else abs(resident - printed) <= 0.5
+
+
+@pytest.mark.parametrize("name, case, ms", [("gemma-4-e2b", "prefill=8192", 14.4), ("gemma-3-1b", "prefill=8192", 15.1),
+                                            ("gemma-4-e2b", "decode=8*1@8192", None)])
+def test_a_prompt_whose_other_tokens_are_dropped_takes_less(name, case, ms):
+    spec, case, ceilings = preset(name).text_only(), parse_case(case), Ceilings(4.3e12, 790e12, "given")
+    stats = floor_row(name, spec, case, ceilings).stats
+    assert ("if dropped" in stats) == (ms is not None)
+    if ms is not None:
+        time_s = stats["if dropped"].median
+        assert time_s == floor(spec, case.rows, drops=True).time_s(ceilings) < stats["time"].median
+        assert time_s == pytest.approx(ms / 1e3, abs=0.05e-3)
+
+
+def test_floors_of_the_float32_lane(tmp_path):
+    _, document = run(tmp_path, "--preset", "gemma-3-1b", "--case", "decode=1@512", "--weight-bits", "32", "--kv-bits",
+                      "32", *H200)
+    assert document["rows"][0]["stats"]["bytes"]["median"] == 2 * floor(preset("gemma-3-1b"), [(1, 1, 512)]).bytes
+
+
 def test_what_does_not_fit_is_a_missed_goal(tmp_path, capsys):
     _, document = run(tmp_path, "--preset", "gemma-4-31b", "--case", "decode={1,64}*1@32768", *H200,
                       "--memory-bytes", "150e9")

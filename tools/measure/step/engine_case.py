@@ -14,7 +14,7 @@ from measure.kernel.kernel_cases import COLD_BYTES
 from measure.loading import memory
 from measure.report import Row, Stat, percentile
 from measure.step.seats import VERIFY, WARMUPS, Needs, random_tokens, seated, step_of, submit
-from measure.step.timeline import PARTS, attribution, grouped, ops_of, recording
+from measure.step.timeline import NEGATIVE, PARTS, attribution, grouped, ops_of, recording
 
 GPU_LAUNCHES = 16       # of a group in one sample: starting a graph takes some us by itself
 EMULATED_STEPS = 2      # of the loop, decoding: nothing is timed there
@@ -55,7 +55,7 @@ class EngineCase:
         """The Cost of weights, K and V for those rows, on this lane, and where they are drafts that are checked, of
         drafting as many as the sequence with the most has."""
         itemsize = self.lane.dtype.itemsize
-        least = floor(self.core.spec, rows, weight_bytes=itemsize, kv_bytes=itemsize)
+        least = floor(self.core.spec, rows, weight_bytes=itemsize, kv_bytes=itemsize, drops=True)
         if not self.checks_drafts:
             return least
         return least + drafting_cost(self.core.draft.spec, [(n, context) for n, _, context, _ in rows],
@@ -133,7 +133,8 @@ class EngineCase:
                 kernels_s += median(seconds)
                 stats = {"time": Stat("s", seconds, "lower"), **self.roof_stats(group, seconds), **stats,
                          "share": Stat("%", 100 * median(seconds) / wall_s)}
-                if cost.bytes < COLD_BYTES:               # of the group, before its turn comes again
+                is_by_memory = self.ceilings is None or cost.bound(self.ceilings) == "memory"
+                if is_by_memory and cost.bytes < COLD_BYTES:    # of the group, before its turn comes again
                     notes.append("its bytes may be in a cache still: bench.py kernels has it cold")
             shape = {**self.shape, "order": group.order, "n_launches": len(group.ops), "n_rows": group.ops[0].n_rows}
             self.report.add(Row("step", group.name, shape, stats, notes))
@@ -166,7 +167,8 @@ class EngineCase:
         parts = attribution(wall_s, launches_s, kernels_s, traffic_s, floor_s)
         for name in parts if self.ceilings is not None else ("gaps", "host"):
             stats = {"time": Stat("s", parts[name]), "share": Stat("%", 100 * parts[name] / wall_s)}
-            self.report.add(Row("step", name, self.shape, stats, PARTS[name]))
+            notes = [PARTS[name], *[NEGATIVE.get(name)] * (parts[name] < 0)]
+            self.report.add(Row("step", name, self.shape, stats, notes))
 
     # --- through the loop
 

@@ -23,6 +23,11 @@ PARTS = {"floor": "weights, K and V alone at the ceilings",
          "below roof": "kernels slower than the ceilings, each with the gap to the next of its kind",
          "gaps": "the step's launches back to back, less each kernel among its kind: unlike neighbours",
          "host": "outside the launches: batch, copies in, launches that no graph replays, reading tokens back"}
+# Why one of them is less than nothing.
+NEGATIVE = {"extra bytes": "negative: the floor counts what the step leaves out",
+            "below roof": "negative: faster than the ceilings, as what finds its data in a cache is",
+            "gaps": "negative: in their order the launches take less than each among its kind; what is small is noise",
+            "host": "negative: the launches alone took longer than the step with them; other work was in the way"}
 AFTER_LAYERS = ("select_rows", "logit_softcap", "apply_edits", "sample", "sample_drafts", "sample_with_drafts",
                 "relax_drafts", "accept_drafts", "pick_centroids", "candidate_argmax", "candidate_logits",
                 "top_logprobs")
@@ -238,7 +243,7 @@ def grouped(ops):
 
 def attribution(wall_s, launches_s, kernels_s, traffic_s, floor_s):
     """{a name of PARTS: seconds} of a step's wall time, which they add up to. A part may be negative: a kernel may take
-    longer alone than among others, and the floor counts every token in layers that drop some.
+    longer alone than among others.
 
     launches_s  all launches of the step back to back; kernels_s: the sum of what each takes by itself
     traffic_s   all that the kernels move, at the ceilings
