@@ -50,7 +50,9 @@ def _download(repo_id, revision, files, quiet):
     if quiet and not was_quiet:
         disable_progress_bars()
     try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"]))
+        # By HF_HUB_OFFLINE alone, version 1.33 asks the hub for the files of a commit all the same.
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files, ignore_patterns=["*/*"],
+                                      local_files_only=constants.HF_HUB_OFFLINE))
     except GatedRepoError as error:
         raise CheckpointError(f"{repo_id}: asks for a licence to be accepted; do that on "
                               f"https://huggingface.co/{repo_id}, then `hf auth login` or set HF_TOKEN") from error

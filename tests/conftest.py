@@ -1,8 +1,14 @@
 """Checkpoints that several test files open; written once a run, never changed."""
 
+import argparse
+import os
+import re
+import sys
+
 import pytest
 
 from engine import LLM
+from engine.cuda_lane import gpu_is_present
 from engine.kernels import host
 from tests import stand_in
 from tests import tiny_models as tiny
@@ -11,8 +17,44 @@ MOST_BUILDS = 120               # of kernels for the host, in the whole suite
 
 
 def pytest_addoption(parser):
-    parser.addoption("--lane", default="emulated", choices=("emulated", "cuda"), help="where kernel tests run")
+    parser.addoption("--lane", default="emulated", type=lane_name, help="of kernel tests: emulated, cuda, cuda:N")
     parser.addoption("--check", action="store_true", help="run kernels under the emulator's memory and race checker")
+
+
+def lane_name(text):
+    if re.fullmatch(r"emulated|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"no lane {text!r}, expected emulated, cuda or cuda:N")
+    return text
+
+
+def pytest_configure(config):
+    if hasattr(config, "workerinput") and config.getoption("--lane") != "emulated" and gpu_is_present():
+        config.pluginmanager.register(LostGpu())
+
+
+class LostGpu:
+    """Ends a process of pytest-xdist where a kernel's fault has ended its use of the GPU: another takes its place, and
+    the tests that it has left."""
+
+    def __init__(self):
+        self._has_failed = False
+
+    @pytest.hookimpl(trylast=True)                      # behind the hook that tells of the failure
+    def pytest_runtest_logreport(self, report):
+        self._has_failed |= report.failed
+        if report.when == "teardown":
+            if self._has_failed and not gpu_answers():
+                os._exit(1)
+            self._has_failed = False
+
+
+def gpu_answers():
+    """Whether this process has not opened the GPU, or can still use it."""
+    cupy = sys.modules.get("cupy")
+    try:
+        return cupy is None or cupy.cuda.runtime.deviceSynchronize() is None
+    except cupy.cuda.runtime.CUDARuntimeError:          # the same for every call from then on
+        return False
 
 
 def pytest_sessionfinish(session):

@@ -120,6 +120,14 @@ def test_what_is_asked_for(download):
                       "generation_config.json", "tokenizer.json", "tokenizer.model", "chat_template.jinja"]
 
 
+@pytest.mark.parametrize("is_offline", [True, False])
+def test_the_library_is_told_to_stay_offline(download, monkeypatch, is_offline):
+    """By argument too: huggingface_hub 1.33 with HF_HUB_OFFLINE alone asks for the files of a commit all the same."""
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", is_offline)
+    resolve(f"owner/name@{COMMIT}")
+    assert download.calls[0][1]["local_files_only"] == is_offline
+
+
 @pytest.mark.parametrize(("progress", "is_terminal", "is_quiet"), [
     (True, True, False), (True, False, True), (False, True, True), (False, False, True)])
 def test_progress_bars(download, monkeypatch, progress, is_terminal, is_quiet):

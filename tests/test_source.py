@@ -4,7 +4,9 @@ import ctypes
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -284,6 +286,30 @@ def test_where_there_is_no_nvrtc_the_error_names_the_wheel(monkeypatch):
             device.nvrtc()
     finally:
         device.nvrtc.cache_clear()
+
+
+@pytest.mark.parametrize("name, folder", [("libnvrtc.so.12", "cuda_nvrtc/lib"), ("libnvrtc.so.13", "cu13/lib")])
+def test_nvrtc_of_a_wheel_finds_the_part_that_lies_beside_it(tmp_path, monkeypatch, name, folder):
+    """NVRTC 13 opens its builtins by name alone, when it compiles: they must be loaded before."""
+    wheel, loaded = tmp_path / folder, []
+    wheel.mkdir(parents=True)
+    for file in (name, "libnvrtc-builtins.so.13.0"):
+        (wheel / file).touch()
+
+    def load(path):
+        if not Path(path).is_file():
+            raise OSError(path)
+        loaded.append(path)
+        return MagicMock(nvrtcVersion=lambda *version: 0)
+    monkeypatch.setattr(device.importlib.util, "find_spec",
+                        lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    monkeypatch.setattr(device.ctypes, "CDLL", load)
+    device.nvrtc.cache_clear()
+    try:
+        device.nvrtc()
+    finally:
+        device.nvrtc.cache_clear()
+    assert loaded == [str(wheel / "libnvrtc-builtins.so.13.0"), str(wheel / name)]
 
 
 def test_compiling_for_a_gpu_imports_no_cupy():

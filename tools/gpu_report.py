@@ -104,8 +104,7 @@ def make_report(args, argv, until, stop):
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     print(text(document))
-    rows = [[part["name"], part["status"], f"{part['seconds']:.0f}", part["why"]] for part in report.facts["parts"]]
-    print(f"\n{aligned(['part', 'status', 's', ''], rows)}\n\n{out / stem}.json\n{out / stem}.md", flush=True)
+    print(f"\n{part_lines(report.facts['parts'])}\n\n{out / stem}.json\n{out / stem}.md", flush=True)
     return 0 if is_good and not stop.is_set() else 1
 
 
@@ -179,6 +178,14 @@ def nvidia_smi(folder):
     log = folder / "nvidia-smi.log"
     outcome = watchdog.run(SMI, 20, log, grace_s=1)
     return watchdog.tail(log, 400, 64_000) if outcome.status == watchdog.OK else [f"nvidia-smi: {outcome.why}"]
+
+
+def part_lines(parts):
+    """A line for each part: how it ended, and why behind it."""
+    rows = [[part["name"], part["status"], f"{part['seconds']:.0f}"] for part in parts]
+    lines = aligned(["part", "status", "s"], rows).splitlines()
+    return "\n".join(f"{line}  {why}".rstrip() for line, why in
+                     zip(lines, ["", *(part["why"] for part in parts)], strict=True))
 
 
 def slug(name):

@@ -64,6 +64,8 @@ def nvrtc():
         found = [str(path) for root in (wheels.submodule_search_locations if wheels else ())
                  if (path := Path(root) / folder / name).is_file()]
         with suppress(OSError):                             # else where the system's loader finds it
+            for builtins in Path(found[0]).parent.glob("libnvrtc-builtins.so.*") if found else ():
+                ctypes.CDLL(str(builtins))                  # NVRTC opens it by name, and a wheel of 13 tells it no path
             return Nvrtc(ctypes.CDLL((*found, name)[0]))
     raise ConfigError("device 'cuda' compiles its kernels with NVRTC, which was not found; `pip install "
                       "nvidia-cuda-nvrtc-cu12` brings it, or the CUDA toolkit 12 or 13")

@@ -55,8 +55,9 @@ class GpuLane:
 
 @pytest.fixture(scope="session")
 def lane(request):
-    if request.config.getoption("--lane") == "cuda":
-        cuda = CudaLane(0, None, np.float32)
+    name = request.config.getoption("--lane")
+    if name != "emulated":
+        cuda = CudaLane(int(name.partition(":")[2] or 0), None, np.float32)
         with cuda.running():
             yield GpuLane(cuda)
         return

@@ -1,10 +1,11 @@
 """tools/measure/report.py and machine.py: samples, rows, goals, the JSON document and back, what is refused."""
 
 import json
+import subprocess
+import sys
 from argparse import ArgumentParser
 from itertools import count
 from pathlib import Path
-from subprocess import CompletedProcess
 
 import numpy as np
 import pytest
@@ -170,13 +171,13 @@ def test_commit_is_none_outside_git(tmp_path):
 def test_gpu_facts_are_read_before_and_after(gpu, monkeypatch):
     n_asked = count()
 
-    def smi(command, **options):
-        assert command[0] == "nvidia-smi" and options["timeout"] <= 60
+    def smi(command):
+        assert command[0] == "nvidia-smi"
         fields = command[1].removeprefix("--query-gpu=").split(",")
         values = {"clocks.sm": "1755" if next(n_asked) else "1980", "driver_version": "580.1", "name": "NVIDIA H200",
                   "memory.total": "143771", "power.draw": "[N/A]"}
-        return CompletedProcess(command, 0, ", ".join(values.get(field, "[Not Supported]") for field in fields), "")
-    monkeypatch.setattr(machine.subprocess, "run", smi)
+        return ", ".join(values.get(field, "[Not Supported]") for field in fields)
+    monkeypatch.setattr(machine, "answer_of", smi)
     monkeypatch.setattr(machine, "commit", lambda: None)
     facts = Report(gpu=0).as_dict()["machine"]["gpu"]
     assert (facts["name"], facts["driver"], facts["device"]) == ("NVIDIA H200", "580.1", 0)
@@ -184,10 +185,22 @@ def test_gpu_facts_are_read_before_and_after(gpu, monkeypatch):
     assert facts["memory_bytes"] == 143771 << 20
 
 
-def test_no_nvidia_smi_leaves_the_facts_empty(monkeypatch):
-    def missing(command, **options):
-        raise FileNotFoundError(command[0])
-    monkeypatch.setattr(machine.subprocess, "run", missing)
-    assert machine.gpu_state(0) == {}
-    monkeypatch.setattr(machine.subprocess, "run", lambda command, **options: CompletedProcess(command, 9, "", "no"))
-    assert machine.gpu_state(0) == {}
+def test_no_answer_of_nvidia_smi_leaves_the_facts_empty(monkeypatch):
+    monkeypatch.setattr(machine, "answer_of", lambda command: "")
+    assert machine.gpu_state(0) == machine.gpu_query(0, {"clocks.sm": "sm_mhz"}) == {}
+
+
+@pytest.mark.parametrize("code, text", [("print('yes')", "yes\n"), ("print('no'); raise SystemExit(9)", "")])
+def test_what_a_program_prints_counts_where_it_ends_well(code, text):
+    assert machine.answer_of([sys.executable, "-c", code]) == text
+    assert machine.answer_of(["/no/such/program"]) == ""
+
+
+def test_a_program_that_does_not_end_is_not_waited_for(monkeypatch):
+    """Not even when it has been killed: a driver that hangs may keep it."""
+    class Stuck(subprocess.Popen):
+        def wait(self, timeout=None):
+            assert timeout is not None, "waited for without a limit"
+            return super().wait(timeout)
+    monkeypatch.setattr(machine.subprocess, "Popen", Stuck)
+    assert machine.answer_of([sys.executable, "-c", "import time; time.sleep(60)"], limit_s=0.1) == ""

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+SMI_S = 10.0            # for nvidia-smi
 PACKAGES = ("numpy", "ml_dtypes", "cupy", "torch", "triton", "transformers", "flashinfer")
 # nvidia-smi's name of a field -> ours. They change while the GPU works, so they are read before and after.
 GPU_STATE = {"clocks.sm": "sm_mhz", "clocks.mem": "memory_mhz", "power.draw": "power_w", "temperature.gpu": "celsius",
@@ -64,12 +65,8 @@ def gpu_query(device, fields):
     """{our name: number, or text} as nvidia-smi says it now, without what it does not support; {} where it fails."""
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits",
                "-i", _asked(lambda: sys.modules["cupy"].cuda.runtime.deviceGetPCIBusId(device)) or str(device)]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return {}
-    values = [value.strip() for value in done.stdout.strip().split(",")]
-    if done.returncode or len(values) != len(fields):
+    values = [value.strip() for value in answer_of(command).strip().split(",")]
+    if len(values) != len(fields):
         return {}
     try:
         return {name: value if name in ("driver", "name") else float(value)
@@ -77,6 +74,22 @@ def gpu_query(device, fields):
                 if not value.startswith("[")}                   # [N/A], [Not Supported]
     except ValueError:
         return {}
+
+
+def answer_of(command, limit_s=SMI_S):
+    """What a program prints, "" where it fails or takes longer. One that a driver which hangs keeps from ending is left
+    behind: nothing waits for it."""
+    try:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                                   stderr=subprocess.DEVNULL, text=True)
+    except OSError:
+        return ""
+    try:
+        text, _ = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return ""
+    return "" if process.returncode else text
 
 
 def gpu_state(device):

@@ -8,15 +8,17 @@ from measure.report import Stat
 SETTLE_S = 0.1      # idle BLAS and OpenMP threads spin for some ms after a side's work, and slow the other's
 
 
-def take_turns(sides, rounds, bar=None, before=None):
+def take_turns(sides, rounds, bar=None, before=None, after=None):
     """{side: [seconds, one a round]} of {side: what has samples(n)}: each is asked for one sample a round, in order.
-    before(side's timed) is called before each turn."""
+    before(side's timed) is called before each turn, after(name) behind it."""
     samples = {name: [] for name in sides}
     for _ in range(rounds):
         for name, timed in sides.items():
             if before is not None:
                 before(timed)
             samples[name] += timed.samples(1)
+            if after is not None:
+                after(name)
         if bar is not None:
             bar.update(1)
     return samples

@@ -15,7 +15,7 @@ DECODE = "decode={1,8,64}*1@1024"
 FAMILIES = (("engine-26b-a4b", "gemma-4-26b-a4b", (None,), (), (35, 90, 55)),
             ("engine-e4b", "gemma-4-e4b", (None,), (), (15, 60, 30)),
             ("engine-e4b-host", "gemma-4-e4b", (None,), ("--ple", "host"), (15, 60, 30)),
-            ("engine-scout-slice", "llama-4-scout", (8, 4), (), (30, 70, 45)))
+            ("engine-scout-slice", "llama-4-scout", (8, 4), (), (25, 70, 45)))
 # With a draft model of random weights, whose drafts are made to hold: (part, arguments, seconds as above).
 DRAFTS = (("31b-slice", ("--preset", "gemma-4-31b", "--layers", "12"), (20, 75, 50)),
           ("e4b", ("--preset", "gemma-4-e4b"), (15, 60, 40)))
@@ -23,7 +23,9 @@ EXPERTS = "moe_route,moe_gated_linear,moe_linear,moe_combine"
 DEMO = ("--model", "demo/checkpoint")
 DRAFTED = ("--model", "tests/goldens/gemma4-assistant/checkpoint", "--draft",
            "tests/goldens/gemma4-assistant/assistant")
-ENGINE_TESTS = "tests/test_lanes.py"      # besides tests/kernels, what --lane cuda takes to the GPU
+# Besides tests/kernels, what --lane cuda takes to the GPU.
+ENGINE_TESTS = tuple(f"tests/test_{name}.py" for name in ("lanes", "same_bits", "lanes_vision", "speculative_lanes",
+                                                          "expert_choices", "explain", "media_steps"))
 # Of tests in processes side by side, and BLAS threads of each, or they would wait for each other.
 MOST_WORKERS, THREADS = 8, "2"
 # A kernel that faults ends its process's use of the GPU: the ops that share one. The last group is all others.
@@ -41,15 +43,16 @@ def bench(name, command, lane, *arguments, least_s, most_s, uses_ceilings=True, 
     return Part(name, (*argv, *arguments), least_s, most_s, why_not=why_not, **fields)
 
 
-def tests(name, lane, *arguments, least_s, most_s, is_parallel=False):
+def tests(name, lane, *arguments, least_s, most_s, dist):
     """A Part that is a run of pytest. One that hangs prints nothing but, after 20 s, where it is; then the run ends.
 
-    is_parallel  several files at a time, where pytest-xdist is installed; a kernel that faults takes its process's use
-                 of the GPU along, and then not that of the other files
+    dist  how tests are dealt to processes side by side, where pytest-xdist is installed: "load" one by one, and where a
+          kernel's fault ends a process's use of the GPU, a new process goes on (tests/conftest.py); "loadfile" whole
+          files. Without pytest-xdist all tests behind such a fault fail.
     """
     workers, env, stall_s = (), (), 40
-    if is_parallel and find_spec("xdist") is not None:
-        workers = "-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))), "--dist", "loadfile"
+    if find_spec("xdist") is not None:
+        workers = "-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))), "--dist", dist
         env = tuple((f"{library}_NUM_THREADS", THREADS) for library in ("OMP", "OPENBLAS", "MKL"))
         stall_s = 60                                    # of the last file: the others have nothing to print any more
     argv = ("-m", "pytest", "-v", "--tb=short", "-o", "faulthandler_timeout=20", "-p", "no:cacheprovider",
@@ -63,8 +66,8 @@ def full_parts(lane, memory_bytes):
     no_ops = ("--no-ops", "--repeats", "5")
     parts = [
         bench("ceilings", "ceilings", lane, least_s=20, most_s=60, uses_ceilings=False),
-        tests("tests-kernels", lane, "tests/kernels", least_s=30, most_s=100, is_parallel=True),
-        tests("tests-engine", lane, ENGINE_TESTS, least_s=30, most_s=90),
+        tests("tests-kernels", lane, "tests/kernels", least_s=45, most_s=100, dist="load"),
+        tests("tests-engine", lane, *ENGINE_TESTS, least_s=30, most_s=90, dist="load"),
         *(bench(f"kernels-31b-{what}", "kernels", lane, "--preset", "gemma-4-31b", "--op", ops, least_s=10, most_s=50,
                 full_s=25, short=few) for what, ops in KERNEL_GROUPS.items()),
         *(bench(f"kernels-experts-{what}", "kernels", lane, "--preset", name, "--op", EXPERTS, least_s=10, most_s=40,
@@ -89,23 +92,28 @@ def full_parts(lane, memory_bytes):
                            "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=least_s, most_s=most_s,
                            full_s=full_s, short=no_ops, why_not=too_large(preset_name, memory_bytes, n_layers)))
     # Peers that compile take 10 s and more a shape, and the tests that use no GPU say the least of one: they come last.
+    # For the last two there is time in a call of their own (--only against-compiled,against-transformers).
     return [*parts,
             bench("against-kernels", "against", lane, "--preset", "gemma-4-31b", "--peer", "torch,sdpa,flashinfer",
                   "--op", "linear,gated_linear,attention,sample", least_s=15, most_s=60, full_s=35,
                   short=("--n-tokens", "1,64", "--batch", "8", "--repeats", "5")),
-            bench("against-experts", "against", lane, "--preset", "gemma-4-26b-a4b", "--peer", "torch", "--op",
-                  "moe_gated_linear,moe_linear", least_s=10, most_s=40, full_s=25,
+            bench("against-experts", "against", lane, "--preset", "gemma-4-26b-a4b", "--peer", "torch,triton",
+                  "--op", "moe_gated_linear,moe_linear", least_s=10, most_s=60, full_s=45,
                   short=("--n-tokens", "1,64", "--repeats", "5")),
             bench("serve", "serve", lane, "--preset", "gemma-3-1b", "--requests", "64", "--rate", "32,inf", "--output",
-                  "64", least_s=15, most_s=40, uses_ceilings=False),
+                  "64", least_s=10, most_s=40, uses_ceilings=False),
             bench("load", "load", lane, "--preset", "gemma-3-1b", "--folder", "{scratch}", "--repeats", "2",
                   least_s=20, most_s=60, uses_ceilings=False),
             bench("against-model", "against", lane, "--preset", "gemma-4-31b", "--layers", "6", "--peer",
-                  "torch,compiled", "--case", "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=30, most_s=150),
-            tests("tests-others", lane, "tests", "--ignore=tests/kernels", f"--ignore={ENGINE_TESTS}", least_s=50,
-                  most_s=200, is_parallel=True),
+                  "torch,compiled,transformers", "--case", "decode={1,8}*1@1024", "--case", "prefill=2048",
+                  least_s=30, most_s=180),
+            tests("tests-others", lane, "tests", "--ignore=tests/kernels",
+                  *(f"--ignore={file}" for file in ENGINE_TESTS), least_s=50, most_s=200, dist="loadfile"),
             bench("against-compiled", "against", lane, "--preset", "gemma-4-31b", "--peer", "compiled,flex", "--op",
-                  "gated_linear,attention,add_norm", "--n-tokens", "1,4096", "--batch", "8", least_s=20, most_s=150)]
+                  "gated_linear,attention,add_norm", "--n-tokens", "1,4096", "--batch", "8", least_s=20, most_s=150),
+            bench("against-transformers", "against", lane, "--preset", "gemma-4-26b-a4b", "--layers", "6", "--peer",
+                  "transformers", "--case", "decode=1*1@1024", "--case", "prefill=2048", least_s=30, most_s=120,
+                  why_not="" if find_spec("transformers") else "transformers is not installed")]
 
 
 def quick_parts(lane):
@@ -116,7 +124,7 @@ def quick_parts(lane):
     return [
         bench("ceilings", "ceilings", lane, "--bytes", str(1 << 24), "--size", "256", "--repeats", "2", least_s=2,
               most_s=30, uses_ceilings=False, why_not=no_clock),
-        tests("tests", test_lane, *QUICK_TESTS, least_s=2, most_s=60),
+        tests("tests", test_lane, *QUICK_TESTS, least_s=2, most_s=60, dist="load"),
         bench("kernels", "kernels", lane, "--preset", "gemma-3-270m", "--op", "rms_norm", "--n-tokens", "2",
               "--repeats", "2", least_s=2, most_s=60),
         bench("engine", "engine", lane, *DEMO, *cases, "--repeats", "2", least_s=2, most_s=60),

@@ -17,6 +17,7 @@ from measure.tables import markdown, markdown_table
 
 END_S = watchdog.GRACE_S + watchdog.GONE_S      # a part that must be ended may take so long beyond its limit
 N_TAIL = 40                                     # lines of a failed part's log that the report keeps
+CRASHES = {"PYTHONFAULTHANDLER": "1"}           # a part that crashes says where
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Runner:
         argv = part.argv + (part.short if is_short else ())
         self.report.tell(f"{part.name}: at most {limit:.0f} s")
         outcome = watchdog.run([*self.python, *self._filled(argv, part.name)], limit, log, self.cwd, part.stall_s,
-                               is_stopped=self.is_stopped, env={**os.environ, **dict(part.env)})
+                               is_stopped=self.is_stopped, env={**os.environ, **CRASHES, **dict(part.env)})
         status, why, is_whole, gpu = outcome.status, outcome.why, True, {}
         if part.suite:
             is_whole = self._take_suite(part, log, outcome)

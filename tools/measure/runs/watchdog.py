@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 POLL_S = 0.05
+MOST_BYTES = 256 << 20  # of output: the file of one that prints without end takes the room of the others'
 GRACE_S = 10.0          # from being asked to end, so that what was measured is written, to being killed
 ASKED_SHARE = 0.8       # of the grace: until SIGTERM follows SIGINT
 GONE_S = 3.0            # for the kernel to end what was killed
@@ -32,7 +33,7 @@ class Outcome:
 def run(command, limit_s, log, cwd=None, stall_s=None, grace_s=GRACE_S, is_stopped=lambda: False, env=None):
     """Runs `command` with its output in the file `log`; returns an Outcome within limit_s + grace_s + GONE_S.
 
-    stall_s     ends it also when the log has not grown for so long
+    stall_s     ends it also when the log has not grown for so long; it ends in any case when the log is too large
     is_stopped  asked again and again; when true the command is ended
     A command that must end gets SIGINT, late in the grace SIGTERM, then SIGKILL, with all it started.
     """
@@ -73,11 +74,12 @@ def _watch(process, began, limit_s, log, stall_s, is_stopped):
             return INTERRUPTED, "interrupted"
         if now - began >= limit_s:
             return TIMED_OUT, f"not done after {round(limit_s, 1):g} s"
-        if stall_s is not None:
-            if log.stat().st_size != size:
-                size, grew = log.stat().st_size, now
-            elif now - grew >= stall_s:
-                return STALLED, f"printed nothing for {stall_s:g} s"
+        if log.stat().st_size != size:
+            size, grew = log.stat().st_size, now
+        elif stall_s is not None and now - grew >= stall_s:
+            return STALLED, f"printed nothing for {stall_s:g} s"
+        if size > MOST_BYTES:
+            return FAILED, f"printed more than {MOST_BYTES >> 20} MiB"
         time.sleep(POLL_S)
     return OK, ""
 
