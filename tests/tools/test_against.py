@@ -13,7 +13,9 @@ import pytest
 from measure import against
 from measure.cases import parse_case
 from measure.kernel.kernel_cases import KernelCase, cases_of
-from measure.peer import against_kernels, against_model, peers, turns
+from measure.models import Model
+from measure.peer import against_kernels, against_model, peer_models, peers, turns
+from measure.peer.peer_models import model_peers
 from measure.peer.peers import PEERS, Peer, kernel_peers
 from measure.peer.turns import compared, take_turns, times_better
 from measure.random_weights import RandomCheckpoint
@@ -75,7 +77,7 @@ def test_where_higher_is_better_the_ratio_turns_round():
 def test_every_peer_serves_an_op_that_has_cases():
     ops = {case.op for case in cases_of(["gemma-3-270m", "gemma-4-26b-a4b"])}
     assert {peer.op for peer in PEERS} <= ops
-    assert {peer.name for peer in PEERS} | {"triton", "transformers"} == set(against.PEERS)
+    assert {peer.name for peer in PEERS} | {"transformers"} == set(against.PEERS)
 
 
 def test_the_ops_that_weigh_have_a_peer_without_further_packages():
@@ -89,7 +91,7 @@ def test_a_peer_that_is_not_installed_is_skipped_with_the_reason(monkeypatch):
     report = Report()
     assert kernel_peers(["torch", "flashinfer", "triton"], CPU, report) == []
     why = {line["what"]: line["why"] for line in report.skipped}
-    assert why["kernels: triton"].startswith("no fused MoE kernel in Triton comes with this checkout")
+    assert why["moe_linear: triton: fused experts, tuned"] == "torch and triton not installed"
     assert why["moe_linear: torch: F.grouped_mm"] == "torch not installed"
     assert why["linear: torch: F.linear"] == "torch not installed"
     assert why["attention: flashinfer: paged, on our pages"] == "torch and flashinfer not installed"
@@ -98,9 +100,9 @@ def test_a_peer_that_is_not_installed_is_skipped_with_the_reason(monkeypatch):
 def test_a_peer_of_the_gpu_is_skipped_elsewhere(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
     report = Report()
-    assert kernel_peers(["flashinfer"], CPU, report) == []
+    assert kernel_peers(["flashinfer", "triton"], CPU, report) == []
     assert {line["why"] for line in report.skipped} == {"it does not run on the cpu lane"}
-    assert kernel_peers(["sdpa"], CPU, report) == [peer for peer in PEERS if peer.name == "sdpa"]
+    assert [peer.what for peer in kernel_peers(["sdpa"], CPU, Report())] == ["contiguous K and V"]
 
 
 def attention(rows, **sizes):
@@ -169,6 +171,32 @@ def test_a_peer_that_agrees_is_timed_in_turns(scripted):
     assert (row.name, row.shape["peer"], row.shape["n_tokens"]) == ("rms_norm", "good: made up", 3)
 
 
+def test_beside_a_peer_without_a_graph_ours_is_timed_without_one_too(monkeypatch):
+    log, asked = [], []
+
+    class Clock:
+        is_real = True
+
+        def timed(self, launches, graph=True):
+            asked.append(graph)
+            return Script("A" if graph else "E", [2.0, 4.0] if graph else [12.0, 14.0], log)
+
+    def theirs(clock, launches):
+        side = Script("B", [6.0, 8.0], log)
+        side.why_eager = "it waits for the host"
+        return side
+    monkeypatch.setattr(against_kernels, "TheirLaunches", theirs)
+    monkeypatch.setattr(against_kernels, "clock_of", lambda lane: Clock())
+    monkeypatch.setattr(against_kernels, "torch_running", nullcontext)
+    monkeypatch.setattr(against_kernels, "rest_and_wake", None)
+    is_good, report = run_kernels(NORM, [norm_peer("eager")])
+    row, = report.rows
+    assert is_good and "".join(log) == "ABEABE" and asked == [True, False]
+    assert row.stats["ours"].samples == (1.0, 2.0) and row.stats["ours_eagerly"].samples == (6.0, 7.0)
+    assert row.stats["ratio"].median == pytest.approx(7 / 3)
+    assert [note for note in row.notes if "eager" in note] == ["theirs runs eagerly: it waits for the host"]
+
+
 @pytest.mark.parametrize("off", [1e-3, np.nan])
 def test_a_peer_that_is_wrong_is_reported_and_not_timed(scripted, off):
     is_good, report = run_kernels(NORM, [norm_peer("bad", off), norm_peer("good")])
@@ -229,24 +257,15 @@ class FakeModel:
 
     notes = ("made up",)
 
-    def __init__(self, core, case, max_len, off=0.0):
-        self.core, self.case, self.off, self.ids, self.is_closed = core, case, off, None, False
+    def __init__(self, core, case, max_len, model, off=0.0):
+        assert max_len >= case.max_context + ARGS.tokens and model is TINY
+        self.core, self.case, self.off, self.is_closed = core, case, off, False
 
     def ready(self, n_tokens):
         return 7.0
 
-    def prefill(self, ids):
-        self.ids = [list(row) for row in ids]
-        return self._logits()
-
-    def decode(self, ids, position):
-        for row, token in zip(self.ids, ids, strict=True):
-            assert len(row) == position
-            row.append(token)
-        return self._logits()
-
-    def _logits(self):
-        return against_model.our_logits(self.core, self.ids, len(self.ids[0]) - 1)[:, 0] * (1 + self.off)
+    def logits(self, ids, first):
+        return against_model.our_logits(self.core, ids, first) * (1 + self.off)
 
     def samples(self, n):
         return [3.0] * n
@@ -256,6 +275,7 @@ class FakeModel:
 
 
 SPEC = describe(Config(tiny.flat("gemma3")))
+TINY = Model("tiny", SPEC, None, tiny.flat("gemma3"))
 ARGS = Namespace(repeats=2, seed=0, tokens=2)
 
 
@@ -267,7 +287,7 @@ def run_model(text, **peers):
     core, cases = against_model.open_core("tiny", SPEC, CPU, RandomCheckpoint(SPEC), [case],
                                           against_model.steps_of(ARGS), report, 0)
     assert cases == [case]
-    return against_model.measure_case(core, "tiny", case, peers, ARGS, report), report, core
+    return against_model.measure_case(core, TINY, case, peers, ARGS, report), report, core
 
 
 @pytest.mark.parametrize("text", ["decode=3*1@40", "prefill=2*40"])
@@ -312,6 +332,20 @@ def test_our_decode_steps_compute_every_sequence():
         assert [len(sequence.tokens) for sequence in sequences] == [44] * 3
         assert [sequence.n_cached for sequence in sequences] == [43] * 3
     assert all(pages.n_free == pages.n_pages for pages in core.kv_cache.allocators)
+
+
+def test_model_peers_that_are_not_there_are_skipped_with_the_reason(monkeypatch):
+    missing = {"transformers"}
+    monkeypatch.setattr(peer_models.importlib.util, "find_spec", lambda name: None if name in missing else name)
+    report = Report()
+    assert list(model_peers(["torch", "transformers", "compiled"], CPU, report)) == ["torch", "compiled, sdpa"]
+    assert {line["what"]: line["why"] for line in report.skipped} == {
+        "whole models: transformers": "transformers not installed",
+        "whole models: compiled, flex": "flex_attention's decoding kernel is a GPU's"}
+    missing.add("torch")
+    assert not model_peers(["torch", "transformers"], CPU, report)
+    assert [line["why"] for line in report.skipped[2:]] == ["torch not installed",
+                                                            "torch and transformers not installed"]
 
 
 def test_a_case_beyond_the_models_positions_is_skipped():

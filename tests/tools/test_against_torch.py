@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from measure.cases import parse_case
 from measure.kernel.kernel_cases import KernelCase
-from measure.peer import against_model, torch_arrays, turns
-from measure.peer.peer_models import TorchPeer
+from measure.models import Model
+from measure.peer import against_model, peer_attention, torch_arrays, turns
+from measure.peer.peer_models import MODELS, TorchPeer
 from measure.peer.peers import PEERS
 from measure.random_weights import RandomCheckpoint
 from measure.report import Report
@@ -96,6 +97,19 @@ def test_peers_compute_what_the_op_does(case, uncompiled):
             assert damaged > bound, peer
 
 
+def test_sdpa_by_a_backend_that_is_named():
+    case = attention([(1, 70, 70)], window=20)
+    prepared = case.prepare(CPU, np.random.default_rng(0), 1)
+    sdpa = next(peer for peer in PEERS if peer.name == "sdpa")
+    with torch_arrays.torch_running(CPU):
+        launch, = peer_attention.sdpa(prepared, "MATH")
+        error, bound = sdpa.compare(prepared, launch)
+        assert error <= bound
+        launch, = peer_attention.sdpa(prepared, "CUDNN_ATTENTION")
+        with pytest.raises(RuntimeError):
+            launch()
+
+
 def damage(output):
     """The output with one wrong row."""
     output = output.clone()
@@ -155,7 +169,7 @@ def test_a_case_is_measured_end_to_end(text, monkeypatch):
     report = Report()
     core, _ = against_model.open_core("tiny", spec, CPU, RandomCheckpoint(spec), [case], against_model.steps_of(args),
                                       report, 0)
-    assert against_model.measure_case(core, "tiny", case, {"torch": TorchPeer}, args, report)
+    assert against_model.measure_case(core, Model("tiny", spec, None, {}), case, MODELS["torch"], args, report)
     row, = report.rows
     assert not report.skipped and row.stats["error"].median <= 2e-4
     assert all(len(row.stats[side].samples) == 2 for side in ("ours", "theirs"))
@@ -179,5 +193,5 @@ def test_what_torch_has_no_branch_for_is_skipped():
     spec, case = describe(Config(tiny.flat("gemma4-moe"))), parse_case("decode=1*1@20")
     args, report = Namespace(repeats=2, seed=0, tokens=3), Report()
     core, _ = against_model.open_core("tiny", spec, CPU, RandomCheckpoint(spec), [case], 16, report, 0)
-    against_model.measure_case(core, "tiny", case, {"torch": TorchPeer}, args, report)
+    against_model.measure_case(core, Model("tiny", spec, None, {}), case, MODELS["torch"], args, report)
     assert [skipped["why"] for skipped in report.skipped] == ["the torch model has no branch: experts (layer 0)"]

@@ -4,8 +4,9 @@
     python tools/bench.py against --preset gemma-4-31b --op attention,linear     # kernels
     python tools/bench.py against --preset gemma-4-31b --layers 12 --case 'decode={1,8}*1@1024' --case prefill=8192
 
-Kernel peers: torch (cuBLAS, grouped_mm), compiled (torch.compile), sdpa, flex, flashinfer where it is there. Model
-peers: a torch model on our own weights, compiled or not. A peer whose output differs is reported and not timed.
+Kernel peers: torch (cuBLAS, grouped_mm), compiled (torch.compile), sdpa, flex, triton (fused experts), flashinfer where
+it is there. Model peers on our own weights: a torch model, compiled or not, and transformers; on the cpu lane
+transformers has a process and weights of its own. A peer whose output differs is reported and not timed.
 """
 
 from importlib.util import find_spec
@@ -50,14 +51,11 @@ def run(args, report):
     """0, or 1 where outputs disagree; a missed goal is in the report and fails nothing: it is a time of one run."""
     names = args.peer or (["transformers"] if args.lane == "cpu" else list(PEERS))
     is_good = True
-    if "transformers" in names:
-        if args.lane == "cpu":
-            is_good &= beside_transformers(args, report)
-        else:
-            report.skip("transformers", "it is compared in processes of its own, on the cpu lane only")
-    others = [name for name in names if name != "transformers"]
-    if others:
-        is_good &= in_one_process(args, others, report)
+    if args.lane == "cpu" and "transformers" in names:
+        is_good &= beside_transformers(args, report)
+        names = [name for name in names if name != "transformers"]
+    if names:
+        is_good &= in_one_process(args, names, report)
     if not report.rows and is_good:
         raise BenchError("against: everything was skipped")
     return 0 if is_good else 1

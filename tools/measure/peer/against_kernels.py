@@ -8,10 +8,12 @@ from measure.kernel.kernel_inputs import Data
 from measure.peer.torch_arrays import captured, forget_compiled, is_loaded, torch_running, why
 from measure.peer.turns import compared, rest_and_wake, take_turns
 from measure.report import BenchError, Row, Stat
+from measure.sm_clock import side_clocks
 
 SAMPLE_S = 1e-3             # a sample on a GPU is about so long: the few us that a graph's launch takes do not show
 BYTES_PER_S, FLOP_PER_S = 3e12, 7e14        # about an H100's, to guess how many launches that is
 LEAST_S = 2e-6              # no kernel is shorter
+EAGERLY = "ours_eagerly"
 
 
 def n_passes(prepared):
@@ -42,7 +44,8 @@ class TheirLaunches:
 
 
 def eager_notes(sides):
-    return tuple(f"{name} runs eagerly: {side.why_eager}" for name, side in sides.items() if side.why_eager)
+    return tuple(f"{name} runs eagerly: {side.why_eager}" for name, side in sides.items()
+                 if side.why_eager and name != EAGERLY)
 
 
 def measure_peer(prepared, peer, clock, repeats):
@@ -62,14 +65,22 @@ def measure_peer(prepared, peer, clock, repeats):
     times = n_passes(prepared)
     n_launches = times * len(launches)
     sides = timed_sides(clock, prepared.launches * times, launches * times)
-    samples = take_turns(sides, repeats, before=None if prepared.lane.name == "cuda" else rest_and_wake)
-    per_launch = [[seconds / n_launches for seconds in samples[side]] for side in ("ours", "theirs")]
+    clocks = side_clocks(prepared.lane)
+    samples = take_turns(sides, repeats, None, None if prepared.lane.name == "cuda" else rest_and_wake, clocks)
+    per_launch = {side: [seconds / n_launches for seconds in found] for side, found in samples.items()}
+    if EAGERLY in sides:
+        stats[EAGERLY] = Stat("s", per_launch[EAGERLY], "lower")
     cold = () if prepared.is_cold else ("caches warm",)
-    return row({**compared(*per_launch), **stats}, (*peer.notes(case), *cold, *eager_notes(sides))), True
+    notes = (*peer.notes(case), *cold, *eager_notes(sides), *clocks.notes())
+    return row({**compared(per_launch["ours"], per_launch["theirs"]), **stats}, notes), True
 
 
 def timed_sides(clock, ours, theirs):
-    return {"ours": clock.timed(ours), "theirs": TheirLaunches(clock, theirs)}
+    """{side: what has samples(n)}. Beside a peer that cannot be a CUDA graph, ours is timed without one too."""
+    sides = {"ours": clock.timed(ours), "theirs": TheirLaunches(clock, theirs)}
+    if sides["theirs"].why_eager:
+        sides[EAGERLY] = clock.timed(ours, graph=False)
+    return sides
 
 
 def measure_kernels(cases, peers, lane, args, report):

@@ -14,6 +14,7 @@ from measure.models import models_of
 from measure.peer.torch_arrays import why
 from measure.peer.turns import compared, rest, take_turns
 from measure.report import BenchError, Row, Stat
+from measure.sm_clock import side_clocks
 from measure.step import seats
 
 PROMPT = 64             # tokens of the prompt whose logits are compared; a quarter of them one at a time
@@ -118,14 +119,8 @@ def error_of(peer, core, case, rng):
     n = case.max_context if case.is_prompt else min(PROMPT, core.plan.max_seq_len)
     first = n - 1 if case.is_prompt else n - n // 4
     ids = prompts(core.spec, rng, case.n_seqs, n)
-    worst = []
-    for at, want in enumerate(our_logits(core, ids, first).swapaxes(0, 1), first + 1):     # after `at` tokens
-        if at == first + 1:
-            logits = peer.prefill([row[:at] for row in ids])
-        else:
-            logits = peer.decode([row[at - 1] for row in ids], at - 1)
-        worst.append(np.max(np.abs(logits - want)) / np.max(np.abs(want)))
-    return float(np.max(worst))
+    ours, theirs = our_logits(core, ids, first), peer.logits(ids, first)
+    return float(np.max(np.max(np.abs(theirs - ours), axis=(0, 2)) / np.max(np.abs(ours), axis=(0, 2))))
 
 
 def row_of(case, preset_name, spec, peer_name, stats, notes=()):
@@ -135,19 +130,20 @@ def row_of(case, preset_name, spec, peer_name, stats, notes=()):
     return Row("against", name, shape, stats, notes)
 
 
-def measure_case(core, name, case, peers, args, report):
+def measure_case(core, model, case, peers, args, report):
     """Rows of one case against every peer; returns whether all outputs agreed.
 
-    peers  {name: open(core, case, max_len) -> a peer}; see measure/peer/peer_models.py
+    model  the Model that the Core was opened for
+    peers  {name: open(core, case, max_len, model) -> a peer}; see measure/peer/peer_models.py
     """
-    is_good = True
+    is_good, max_len = True, max(PROMPT, case.max_context + args.tokens + 1)    # theirs may read it all: no more
     for peer_name, open_peer in peers.items():
         peer = None
         try:
-            peer = open_peer(core, case, case.max_context + steps_of(args) * case.is_decode)
-            is_good &= measure_peer(core, name, case, peer_name, peer, args, report)
+            peer = open_peer(core, case, max_len, model)
+            is_good &= measure_peer(core, model.name, case, peer_name, peer, args, report)
         except Exception as error:                              # a peer's failure is the peer's: the others go on
-            report.skip(f"{name} {case}: {peer_name}", error if isinstance(error, BenchError) else why(error))
+            report.skip(f"{model.name} {case}: {peer_name}", error if isinstance(error, BenchError) else why(error))
         finally:
             if peer is not None:
                 peer.close()
@@ -170,15 +166,15 @@ def measure_peer(core, name, case, peer_name, peer, args, report):
     if core.lane.name == "emulated":
         report.add(row_of(case, name, core.spec, peer_name, stats, "emulated: compared, not timed"))
         return True
-    ours = Ours(core, case, rng, args.tokens)
+    ours, clocks = Ours(core, case, rng, args.tokens), side_clocks(core.lane)
     sides = {"ours": ours, "theirs": peer}
     with ours.seated():
         before = None if core.lane.name == "cuda" else rest
         take_turns(sides, 1)                                    # graphs are captured, caches warm
         with report.bar(args.repeats, f"{name} {case} against {peer_name}") as bar:
-            samples = take_turns(sides, args.repeats, bar, before)
+            samples = take_turns(sides, args.repeats, bar, before, clocks)
     report.add(row_of(case, name, core.spec, peer_name, {**compared(samples["ours"], samples["theirs"]), **stats},
-                      peer.notes))
+                      (*peer.notes, *clocks.notes())))
     return True
 
 
@@ -195,6 +191,6 @@ def measure_models(args, presets, lane, report, peers):
         with model.checkpoint(args.seed) as checkpoint:
             core, cases = open_core(name, model.spec, lane, checkpoint, args.case, steps_of(args), report, args.seed)
         for case in cases:
-            is_good &= measure_case(core, model.name, case, peers, args, report)
+            is_good &= measure_case(core, model, case, peers, args, report)
         del core                                                # before the next model's memory is planned
     return is_good

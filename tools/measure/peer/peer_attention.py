@@ -4,6 +4,7 @@ Peers that know no pages get contiguous copies, made beforehand, of the position
 layout, and no gathering in what is timed.
 """
 
+from contextlib import nullcontext
 from itertools import chain
 
 import numpy as np
@@ -55,11 +56,19 @@ def needs_window(sizes):
     return n_query > 1 and bool(sizes["window"]) and context > sizes["window"]
 
 
-def sdpa(prepared):
+def sdpa(prepared, backend=None):
     """A decode step puts the queries of one KV head into one product, so that no key is read twice. Prompts are causal,
-    where a window cuts them by a mask; patches of a picture see all of it."""
+    where a window cuts them by a mask; patches of a picture see all of it.
+
+    backend  one of torch's SDPBackend by name; None leaves the choice to torch
+    """
     import torch
     import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def attend(*tensors, **options):
+        with sdpa_kernel(getattr(SDPBackend, backend)) if backend else nullcontext():
+            return F.scaled_dot_product_attention(*tensors, **options)
     s = prepared.case.sizes
     (_, n_query, context), = s["rows"]
     options = {"scale": s["head_dim"] ** -0.5}
@@ -68,7 +77,7 @@ def sdpa(prepared):
         q, k, v = gathered(prepared, arrays)
         if n_query == 1:
             grouped = q.reshape(len(q), s["n_kv_heads"], -1, s["head_dim"])
-            return lambda: flat(F.scaled_dot_product_attention(grouped, k, v, **options).reshape(q.shape))
+            return lambda: flat(attend(grouped, k, v, **options).reshape(q.shape))
         seen = {"is_causal": not s.get("sees_all")}
         if needs_window(s):
             at = torch.arange(context, device=q.device)
@@ -76,7 +85,7 @@ def sdpa(prepared):
         group = s["n_heads"] // s["n_kv_heads"]
         if group > 1 and (s["head_dim"] > 256 or needs_window(s)):      # only kernels without grouped heads take these
             k, v, group = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1), 1
-        return lambda: flat(F.scaled_dot_product_attention(q, k, v, enable_gqa=group > 1, **seen, **options))
+        return lambda: flat(attend(q, k, v, enable_gqa=group > 1, **seen, **options))
     return [bind(arrays) for arrays in prepared.sets]
 
 

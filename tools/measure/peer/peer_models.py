@@ -1,8 +1,9 @@
 """Whole-model peers: what against_model asks of one.
 
-    peer.ready(n_tokens)                            compiles and captures; how long that took, 0.0 for nothing
-    peer.prefill(ids), peer.decode(ids, position)   logits [n_seqs, vocab] float32 by what will be timed, to be compared
-    peer.samples(n)                                 seconds of a decoded token, or of a prompt to its first token
+    peer.ready(n_tokens)        compiles and captures; how long that took, 0.0 for nothing
+    peer.logits(ids, first)     [n_seqs, n - first, vocab] float32 after the tokens of ids [n_seqs, n] from `first` on,
+                                by what will be timed, to be compared
+    peer.samples(n)             seconds of a decoded token, or of a prompt to its first token
     peer.notes, peer.close()
 """
 
@@ -40,14 +41,13 @@ class TorchPeer:
     def _tensor(self, ids):
         return self.torch.tensor(ids, device=self.model.embed.device)
 
-    def prefill(self, ids):
+    def logits(self, ids, first):
+        ids = self._tensor(ids)
         with torch_arrays.torch_running(self.lane):
-            return torch_arrays.as_numpy(self.model.prefill(self._tensor(ids)))
-
-    def decode(self, ids, position):
-        with torch_arrays.torch_running(self.lane):
-            logits = self.model.decode(self._tensor(ids)[:, None], self._tensor([position]))
-            return torch_arrays.as_numpy(logits)
+            found = [torch_arrays.as_numpy(self.model.prefill(ids[:, :first + 1]))]
+            for at in range(first + 1, len(ids.T)):
+                found.append(torch_arrays.as_numpy(self.model.decode(ids[:, at:at + 1], self._tensor([at]))))
+        return np.stack(found, 1)
 
     def ready(self, n_tokens):
         case, began = self.case, time.perf_counter()
@@ -61,7 +61,7 @@ class TorchPeer:
                 greedy = self.Greedy(self.model, first, case.max_context - 1)
                 greedy.step()
                 self._step, why = torch_arrays.captured(greedy.step, self.lane)
-                greedy.position.fill_(case.max_context - 1)     # where the other side begins
+                self._position = greedy.position
             else:
                 self.ids = self._tensor(self.rng.integers(3, self.model.spec.vocab, (case.n_seqs, case.max_context)))
                 if self.is_compiled:
@@ -84,6 +84,7 @@ class TorchPeer:
             return [self._decode_sample() if self.case.is_decode else self._prefill_sample() for _ in range(n)]
 
     def _decode_sample(self):
+        self._position.fill_(self.case.max_context - 1)         # where the other side begins
         self._wait()
         began = time.perf_counter()
         for _ in range(self.n_tokens):
@@ -99,31 +100,38 @@ class TorchPeer:
 
     def close(self):
         """Gives the cache and the compiled code back."""
-        self.model = self._step = self._first = None
+        self.model = self._step = self._first = self._position = None
         torch_arrays.forget_compiled()
 
 
 def torch_peer(**options):
-    return lambda core, case, max_len: TorchPeer(core, case, max_len, **options)
+    return lambda core, case, max_len, model: TorchPeer(core, case, max_len, **options)
+
+
+def transformers_peer(core, case, max_len, model):
+    from measure.peer.peer_transformers import TransformersPeer
+    return TransformersPeer(core, case, max_len, model)
 
 
 # {peer as --peer names it: {peer as the report names it: open}}
 MODELS = {
     "torch": {"torch": torch_peer()},
     "compiled": {f"compiled, {attend}": torch_peer(attend=attend, is_compiled=True) for attend in ("sdpa", "flex")},
+    "transformers": {"transformers": transformers_peer},
 }
-
-
 ON_GPU = {"compiled, flex": "flex_attention's decoding kernel is a GPU's"}
 
 
 def model_peers(names, lane, report):
     """{name: open} of the peers asked for; those that cannot run are skipped with the reason."""
-    has_torch, found = importlib.util.find_spec("torch") is not None, {}
-    for shown, opens in {shown: opens for name in names for shown, opens in MODELS.get(name, {}).items()}.items():
-        reason = "torch is not installed" if not has_torch else None if lane.name == "cuda" else ON_GPU.get(shown)
-        if reason:
-            report.skip(f"whole models: {shown}", reason)
-        else:
-            found[shown] = opens
+    found = {}
+    for name in names:
+        missing = [package for package in dict.fromkeys(("torch", name if name == "transformers" else "torch"))
+                   if importlib.util.find_spec(package) is None]
+        for shown, open_peer in MODELS.get(name, {}).items():
+            reason = f"{' and '.join(missing)} not installed" if missing else ""
+            if reason or (lane.name != "cuda" and shown in ON_GPU):
+                report.skip(f"whole models: {shown}", reason or ON_GPU[shown])
+            else:
+                found[shown] = open_peer
     return found

@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -197,6 +198,11 @@ def flashinfer_draw(prepared):
     return on_sets(sample, "logits")(prepared)
 
 
+def triton_experts(prepared):
+    from measure.peer import triton_experts as peer
+    return peer.experts(prepared)
+
+
 def is_greedy(case):
     return None if case.sizes["temperature"] == 0 else "it draws"
 
@@ -219,6 +225,8 @@ PEERS = (
     Peer("compiled", "gated_linear", "F.linear, gate", gated(is_compiled=True)),
     *(Peer(name, op, what, peer_experts.experts(product, name == "compiled"), lanes=lanes, notes=peer_experts.notes)
       for op in ("moe_gated_linear", "moe_linear") for name, what, product, lanes in peer_experts.WAYS),
+    *(Peer("triton", op, "fused experts, tuned", triton_experts, ("torch", "triton"), **GPU)
+      for op in ("moe_gated_linear", "moe_linear")),
     Peer("torch", "rms_norm", "F.rms_norm", library_norm),
     Peer("compiled", "rms_norm", "written out", compiled_on_sets(written_norm, "x", "weight")),
     Peer("compiled", "add_norm", "written out", compiled_add_norm,
@@ -229,22 +237,19 @@ PEERS = (
          refuses=is_drawn, error=drawn_error, **GPU),
     Peer("sdpa", "attention", "contiguous K and V", peer_attention.sdpa,
          refuses=peer_attention.why_not),
+    *(Peer("sdpa", "attention", f"{name}, contiguous K and V", partial(peer_attention.sdpa, backend=backend),
+           refuses=peer_attention.why_not, **GPU)
+      for name, backend in (("cuDNN", "CUDNN_ATTENTION"), ("FlashAttention", "FLASH_ATTENTION"))),
     Peer("flex", "attention", "flex_attention, contiguous K and V", peer_attention.flex,
          refuses=peer_attention.why_not),
     Peer("flashinfer", "attention", "paged, on our pages", peer_attention.flashinfer, ("torch", "flashinfer"),
          refuses=peer_attention.why_not, **GPU),
 )
-# What a --peer names that has no kernel here.
-NOT_HERE = {"triton": "no fused MoE kernel in Triton comes with this checkout; torch's F.grouped_mm, and a loop, stand "
-                      "beside moe_gated_linear and moe_linear (--peer torch,compiled)"}
 
 
 def kernel_peers(names, lane, report):
     """The peers asked for that run on the lane; the others are skipped with the reason."""
     found = []
-    for name in names:
-        if name in NOT_HERE:
-            report.skip(f"kernels: {name}", NOT_HERE[name])
     for peer in PEERS:
         if peer.name in names:
             reason = peer.available(lane)
