@@ -26,7 +26,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent.parent))     # the checko
 
 from measure import tables
 from measure.cases import positive, whole
-from measure.report import BenchError, Report
+from measure.report import BenchError, Report, show
 
 from engine.backend import lane_of
 from engine.errors import RawgemError
@@ -271,7 +271,7 @@ def write(report, args):
         put("json", args.json, json.dumps(document, indent=1, allow_nan=False) + "\n")
     on_stdout = args.markdown == Path("-")
     if report.rows or report.skipped or not report.incomplete:
-        print(tables.markdown(document) if on_stdout else tables.text(document), flush=True)
+        show(tables.markdown(document) if on_stdout else tables.text(document))
     if args.markdown and not on_stdout:
         put("markdown", args.markdown, tables.markdown(document))
     if args.html:

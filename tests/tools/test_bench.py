@@ -237,6 +237,20 @@ def test_the_script_runs_from_anywhere(tmp_path):
     assert all(name in done.stdout for name in bench.COMMANDS)
 
 
+@pytest.mark.parametrize("command", ["floors", "compare"])
+def test_a_reader_that_leaves_is_no_failure(tmp_path, command):
+    """As `bench.py ... | head -1` does; files are written all the same."""
+    floors, page = tmp_path / "floors.json", tmp_path / "page.html"
+    assert bench.main(["floors", "--preset", "gemma-3-1b", "--bandwidth", "1e12", "--flops", "1e14",
+                       "--json", str(floors)]) == 0
+    argv = {"floors": ["--ceilings", floors, "--markdown", "-", "--html", page], "compare": [floors, floors]}[command]
+    read, written = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, BENCH, command, *argv], stdout=written, stderr=subprocess.PIPE, text=True)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (0, "") and page.exists() == (command == "floors")
+
+
 HANGING = """
 import ctypes, signal, sys, types
 from threading import Timer

@@ -60,7 +60,7 @@ def test_what_is_no_case_is_refused_with_the_grammar(text):
 @pytest.mark.parametrize("text, message", [
     ("decode=0*1@8", "'0*1@8' is empty"), ("decode=0", "'0' is empty"), ("decode=1,2*0@8", "'2*0@8' is empty"),
     ("decode=9@8", "context 8 is less than the query, 9"), ("decode=1@0", "context 0 is less than the query, 1"),
-    ("decode={1,2}", "braces make several cases"),
+    ("decode={1,2}", "braces make several cases"), ("decode=1-8*1@64", "several cases stands in braces: decode={1,8-"),
 ])
 def test_a_case_that_cannot_be_is_refused(text, message):
     with pytest.raises(BenchError, match="case ") as error:

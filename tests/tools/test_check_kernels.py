@@ -5,6 +5,7 @@ import json
 import check_kernels
 import pytest
 from check_kernels import Row, check, main, table, variants
+from measure.kernel import compiled
 
 from engine.kernels.resources import LIMITS, Resources, read_log
 from engine.kernels.source import Kernel, Source, folder
@@ -149,6 +150,27 @@ def test_a_tile_over_the_limit_fails_where_it_is_over(planted):
 def test_a_block_with_more_registers_than_there_are_fails():
     row = Row("a.cu", "a()", "sm_90a", 1024, 0, Resources(128))
     assert row.problems() == ["1024 threads of 128 registers do not fit an SM"] and row.warps == 0
+
+
+@pytest.mark.parametrize("bounds, asked", [("THREADS", 1), ("THREADS, 3", 3), ("32 * (1 + LESS), MANY", 2)])
+def test_launch_bounds_say_how_many_blocks_an_sm_should_hold(planted, bounds, asked):
+    text = PLAIN.replace("__launch_bounds__(THREADS) other", f"__launch_bounds__({bounds}) other  // of (1, 7)\n")
+    build, *_ = planted(text, "other", THREADS=64, LESS=1, MANY=2)
+    assert compiled.asked_blocks(build) == asked and compiled.asked_blocks(Kernel(build.source.file, "plain")()) == 1
+
+
+@pytest.mark.parametrize("arch, n_threads, dynamic, asked, least", [
+    ("sm_90a", 128, 100 << 10, 2, 2), ("sm_80", 128, 100 << 10, 2, 1), ("sm_90a", 256, 100 << 10, 1, 1),
+    ("sm_90a", 256, 0, 1, 2), ("sm_80", 160, 0, 1, 4), ("sm_90a", 256, 25 << 10, 3, 3), ("sm_90a", 1024, 0, 1, 1)])
+def test_how_many_blocks_an_sm_holds_at_least(arch, n_threads, dynamic, asked, least):
+    """As many as were asked for where tiles fit, and without tiles 16 warps."""
+    row = Row("a.cu", "a()", arch, n_threads, dynamic, Resources(32), asked_blocks=asked)
+    assert row.least_blocks == least
+
+
+def test_what_our_kernels_ask_for():
+    asked = {(build.entry, compiled.asked_blocks(build)) for build, *_ in variants(["gemma-4-31b"])}
+    assert asked >= {("gemm", 2), ("attention", 2), ("attention", 1), ("draw", 3), ("rms_norm", 1)}
 
 
 def test_a_kernel_that_does_not_compile_fails_with_its_log(planted):

@@ -71,6 +71,16 @@ def test_rows_that_are_alike_are_matched_in_order():
     assert [row.stats["time"].median for row in found.gone] == [9]
 
 
+def test_an_op_that_comes_before_them_hides_no_ops_of_a_step():
+    def step(*names):
+        return document(*(timed(len(name), name=name, section="step", n_rows=1, order=order)
+                          for order, name in enumerate(names)))
+    found = compare.comparison(step("add", "linear", "add"), step("embed", "add", "linear", "add"))
+    assert [(change.row.name, change.row.shape["order"]) for change in found.changes] == [
+        ("add", 1), ("linear", 2), ("add", 3)]
+    assert not found.gone and [row.name for row in found.added] == ["embed"]
+
+
 def test_stats_of_one_run_only_and_of_another_unit_are_listed():
     def rows(n, **stats):
         return [Row("kernels", "a", {"n": i}, {"time": Stat("s", 1), **stats}) for i in range(n)]

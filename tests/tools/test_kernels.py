@@ -1,4 +1,4 @@
-"""bench.py kernels and ceilings: figures follow from times and costs, wrong kernels are not timed, counts are held."""
+"""bench.py kernels: figures follow from times and costs, wrong kernels are not timed, counts are held."""
 
 import json
 from argparse import Namespace
@@ -10,18 +10,18 @@ import ml_dtypes
 import numpy as np
 import pytest
 from measure import ceilings, kernels
-from measure.ceilings import ceilings_of
 from measure.kernel import compiled, goals, kernel_cases, traffic
 from measure.kernel.kernel_cases import OPS, KernelCase, cases_of
-from measure.report import BenchError, Goal, Report
+from measure.kernel.kernel_inputs import Data
+from measure.report import Goal, Report
 
-from engine import cuda_lane
 from engine.backend import HostLane, open_lane
 from engine.cuda_lane import CudaLane
 from engine.errors import ConfigError
 from engine.kernels import ops
 from engine.kernels.resources import Resources
 from engine.models import describe
+from engine.models.presets import PRESETS
 from engine.roofline import Ceilings, Cost
 from loaders.config import Config
 from tests import tiny
@@ -123,6 +123,9 @@ def test_options_that_cannot_be(capsys):
     with pytest.raises(SystemExit):
         bench.main(["kernels", "--op", "gemm"])
     assert "no op 'gemm', expected some of linear,gated_linear," in capsys.readouterr().err
+    for lane in ("cpu", "emulated"):
+        assert bench.main(["kernels", "--lane", lane, "--preset", "gemma-3-270m", "--op", "moe_route,add_norms"]) == 2
+        assert "no preset that was asked for runs moe_route or add_norms" in capsys.readouterr().err
 
 
 # --- goals
@@ -186,10 +189,30 @@ def test_what_may_move_more_says_why():
     for op, extra in (("moe_linear", {}), ("moe_gated_linear", {"by_pair": False})):
         most, notes = bound(op, 1000, **routed, **extra)
         assert most == pytest.approx(1.1 * (1000 + 2 * 64 * again[op]) / 1000) and "anew" in notes[0]
-    for op, sizes in (("attention", {"rows": [(1, 64, 64)], "head_dim": 64}), ("apply_edits", {}), ("sample", {}),
-                      ("top_logprobs", {}), ("attention_temperature", {}), ("moe_route", {})):
-        most, notes = bound(op, **sizes)
+    for op in ("apply_edits", "attention_temperature", "moe_route"):
+        most, notes = bound(op)
         assert most is None and notes
+
+
+def test_a_tile_of_queries_may_read_the_keys_that_it_sees():
+    """16 queries of 8 heads in two tiles of 8 queries, which see 24 and 32 keys; K, V and out have rows of 512."""
+    heads = {"rows": [(3, 16, 32)], "n_heads": 8, "n_kv_heads": 1, "head_dim": 512}
+    row = 2 * 512
+    for seen, changed in ((24 + 32, {}), (32 + 32, {"sees_all": True})):
+        most, notes = traffic.bound(KernelCase("attention", "", "any", {**heads, **changed}), 1e6)
+        assert most == pytest.approx(1.1 * (1 + 3 * row * (2 * (seen - 32) + 16 * 8) / 1e6)) and "anew" in notes[0]
+
+
+@pytest.mark.parametrize("op, sizes, logit_bytes", [
+    ("sample", {"temperature": 0.0}, 12), ("sample", {"temperature": 1.0}, 12), ("top_logprobs", {}, 12),
+    ("sample_drafts", {}, 20), ("relax_drafts", {}, 8)])
+def test_one_more_pass_over_the_logits_is_a_goal_missed(op, sizes, logit_bytes):
+    """A pass reads 4 bytes of a logit, the cost has logit_bytes of it."""
+    case = next(case for case in traffic.sliced(cases_of(["gemma-3-1b"], [1], [1024], [1], [op]))
+                if sizes.items() <= case.sizes.items())
+    with Data(open_lane("emulated", "auto"), np.random.default_rng(0)) as data:
+        row, _ = traffic.counted(case, data.lane, data)
+    assert row.is_met and row.stats["moved / cost"].median + 4 / logit_bytes > row.goal.at_most
 
 
 def test_bank_conflicts_are_a_goal_missed_but_for_bins(monkeypatch):
@@ -201,7 +224,8 @@ def test_bank_conflicts_are_a_goal_missed_but_for_bins(monkeypatch):
     data = SimpleNamespace(rng=None)
     cases = cases_of(["gemma-3-1b"], [1], [1024], [1], ["rms_norm", "top_logprobs"])
     norm, tops = (traffic.counted(case, None, data)[0] for case in cases)
-    assert norm.goal == Goal("bank conflicts", at_most=0) and norm.is_met is False and tops.goal is None
+    assert norm.goal == Goal("bank conflicts", at_most=0) and norm.is_met is False
+    assert tops.goal == Goal("moved / cost", at_most=traffic.ADDED_TO_BINS["top_logprobs"])
     launch.traffic.bank_conflicts = 0
     assert traffic.counted(cases[0], None, data)[0].goal == Goal("moved / cost", at_most=1.1)
 
@@ -228,7 +252,8 @@ def test_slices_keep_rows_whole():
     ("qk_norm_rope_cache", {"n_tokens": 32, "head_dim": 64}, 1.1, None),
     ("qk_norm_rope_cache", {"n_tokens": 32, "head_dim": 72}, None, "HALVES"),
     ("linear", {"n_tokens": 9, "n_in": 588, "n_out": 256}, None, "ODD_ROWS"),
-    ("attention", {"rows": [(1, 64, 64)], "head_dim": 72}, None, "TEN_CHUNKS")])
+    ("attention", {"rows": [(1, 64, 64)], "n_heads": 1, "n_kv_heads": 1, "head_dim": 72, "sees_all": True},
+     1.1 * (1 + 64 * 144 / 1e5), "TEN_CHUNKS")])
 def test_what_a_tower_moves_beyond_its_cost_is_bounded_or_said(op, sizes, factor, note):
     most, notes = traffic.bound(KernelCase(op, "", "any", sizes), 1e5)
     assert most == pytest.approx(factor) if factor else most is None
@@ -256,10 +281,22 @@ def test_resources_of_every_architecture(monkeypatch):
         compiled.Row("ceilings.cu", repr(build), arch, 256, 0, spills if arch == "sm_80" else Resources(32))
         for arch in arches])
     rows = list(traffic.resources([(build, 256, 0)], Report()))
-    assert [(row.name, row.shape["arch"], row.is_met) for row in rows] == [
-        ("copy", "sm_80", False), ("copy", "sm_90a", True), ("copy", "sm_100a", True)]
+    assert [(row.name, row.shape["arch"], row.is_met, row.goal.stat) for row in rows] == [
+        ("copy", "sm_80", False, "spills"), ("copy", "sm_90a", True, "blocks an SM"),
+        ("copy", "sm_100a", True, "blocks an SM")]
     assert rows[0].stats["spills"].median == 12 and rows[0].notes == ("spills 8 + 4 bytes",)
     assert rows[1].stats["blocks an SM"].median == 8 and rows[1].stats["warps an SM"].median == 64
+
+
+def test_resources_are_those_of_all_that_presets_launch(tiny_preset, monkeypatch):
+    asked = []
+    monkeypatch.setattr(traffic, "resources", lambda built, report: asked.append(built) or [])
+    monkeypatch.setattr(traffic, "sliced", lambda cases: [])
+    every = {repr(build) for build, *_ in compiled.variants(list(PRESETS))}
+    for preset, op in ((None, None), (["gemma-3-1b"], None), (None, ["rms_norm"])):
+        traffic.run(arguments(lane="emulated", preset=preset, op=op), Report(), open_lane("emulated", "auto"))
+    whole, of_one, launched = ({repr(build) for build, *_ in built} for built in asked)
+    assert whole == every and of_one < every and len(of_one) > 10 and not launched
 
 
 def test_no_compiler_is_no_failure(monkeypatch):
@@ -269,53 +306,3 @@ def test_no_compiler_is_no_failure(monkeypatch):
     report = Report()
     assert list(traffic.resources([], report)) == []
     assert report.skipped == [{"what": "registers, spills and occupancy", "why": "NVRTC was not found"}]
-
-
-# --- ceilings
-
-def test_a_document_of_a_cpus_ceilings(tmp_path):
-    status, document = document_of(tmp_path, "ceilings", "--lane", "cpu", "--bytes", "65536", "--size", "32", "-r", "2")
-    assert status == 0
-    rates = {row["name"]: row["stats"]["rate"] for row in document["rows"]}
-    assert {name: rate["unit"] for name, rate in rates.items()} == {
-        "copy": "bytes/s", "read, sum": "bytes/s", "read, GEMV": "bytes/s", "matrix product, SGEMM": "flop/s"}
-    assert document["facts"]["ceilings"] == {
-        "bytes_per_s": max(rates["read, sum"]["median"], rates["read, GEMV"]["median"]),
-        "flops_per_s": rates["matrix product, SGEMM"]["median"], "source": "measured"}
-
-
-def test_the_emulated_lane_has_none(capsys):
-    assert bench.main(["ceilings", "--lane", "emulated"]) == 2
-    assert "the emulated lane has no clock; bench.py kernels --lane emulated counts" in capsys.readouterr().err
-    assert ceilings_of(arguments(bandwidth=None), HostLane("emulated", ops, BF16), Report()) is None
-
-
-def test_given_ceilings_are_not_measured():
-    report = Report()
-    assert ceilings_of(arguments(), HostLane("emulated", ops, BF16), report) == Ceilings(1e9, 1e10, "given")
-    assert report.facts["ceilings"] == {"bytes_per_s": 1e9, "flops_per_s": 1e10, "source": "given"} and not report.rows
-
-
-def test_a_gpus_ceilings(gpu, monkeypatch):
-    """On the stand-in, which has no cuBLAS and no copy by the driver: those are skipped, the rest is measured."""
-    monkeypatch.setattr(cuda_lane, "LOADING_BYTES", 1 << 16)
-    monkeypatch.setattr(ceilings, "NODES", 11)
-    lane, report = CudaLane(0, ops, BF16), Report()
-    ceilings.Gpu(lane, arguments(bytes=1 << 18, size=64), report).measure()
-    rows = {row.name: row for row in report.rows}
-    assert list(rows) == ["read, few blocks", "read, many blocks", "copy, our kernel", "write, memset",
-                          "matrix product, our kernel", "pinned to GPU", "GPU to pinned",
-                          "gap between nodes of a graph", "gap between eager launches", "host time of a launch"]
-    assert {skipped["what"] for skipped in report.skipped} == {"copy, the driver's", "matrix product by cuBLAS"}
-    assert rows["read, few blocks"].stats["rate"].median == pytest.approx((1 << 18) / 0.001)
-    assert rows["gap between nodes of a graph"].stats["time"].median == pytest.approx(0.001)
-    found = ceilings._found(report, lane)
-    assert found == Ceilings((1 << 18) / 0.001, rows["matrix product, our kernel"].stats["rate"].median, "measured")
-
-
-def test_a_machine_without_a_product_has_no_ceilings(gpu, monkeypatch):
-    monkeypatch.setattr(cuda_lane, "LOADING_BYTES", 1 << 16)
-    lane, args = CudaLane(0, ops, BF16), arguments(bandwidth=None, bytes=1 << 16, size=64)
-    monkeypatch.setattr(ceilings.KernelCase, "prepare", lambda *_: 1 / 0)
-    with pytest.raises(BenchError, match="no matrix product ran on cuda: matrix products: ZeroDivisionError"):
-        ceilings_of(args, lane, Report())

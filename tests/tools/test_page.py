@@ -287,6 +287,19 @@ def test_roofline_puts_points_under_the_roof_where_the_axes_say():
 
 
 @pytest.mark.parametrize("size", [(760, 520), (360, 380)])
+@pytest.mark.parametrize("ridge", [0.02, 200.0])
+def test_what_the_roof_is_fits_the_plot(size, ridge):
+    points = [charts.Point(1, "matrix", 1e4, 1e9, "")]
+    plot = ElementTree.fromstring(charts.roofline(points, 1e9, ridge * 1e9, *size))
+    frame = next(rect for rect in plot.iter("rect") if rect.get("class") == "frame")
+    labels = [text for text in plot.iter("text") if text.get("class") == "note"]
+    assert len(labels) == 2
+    for text in labels:
+        assert text.get("text-anchor") == "end"
+        assert float(text.get("x")) - charts.CHAR * len(text.text) >= float(frame.get("x")) - 0.1
+
+
+@pytest.mark.parametrize("size", [(760, 520), (360, 380)])
 def test_no_number_of_the_plot_lies_on_another(size):
     """By the widths that charts.py counts on; a browser's are less."""
     points = [charts.Point(i, "matrix", 1.0 + i / 1000, 3e12, "") for i in range(1, 31)]

@@ -43,7 +43,7 @@ name    n_tokens  graphs  time ms        p10..p90  bytes MB  roof %  launches   
 linear         1     yes   0.0200  0.0120..0.0280      1.50    81.2            time <= 50.0 us  pass
 linear        64             2.00      1.20..2.80      96.0    81.2            time <= 50.0 us  MISS
 a|b            8                                       12.0    50.0   1234567
-  linear (n_tokens 1, graphs yes); linear (n_tokens 64): cold L2
+  linear: cold L2
 
 skipped
   triton: no MoE op yet
@@ -67,7 +67,7 @@ lane cpu
 | linear | 64 |  | 2.00 | 1.20..2.80 | 96.0 | 81.2 |  | time <= 50.0 us | MISS |
 | a\\|b | 8 |  |  |  | 12.0 | 50.0 | 1234567 |  |  |
 
-- linear (n_tokens 1, graphs yes); linear (n_tokens 64): cold L2
+- linear: cold L2
 
 ### skipped
 
@@ -182,6 +182,15 @@ def test_a_note_of_every_row_is_said_once(report):
     assert tables.notes_of(rows[:4]) == ["cold", "linear (n 2); linear (n 3): own"]
     assert tables.notes_of(rows[2:5]) == ["cold", "own"] and tables.notes_of(rows[:1]) == ["linear: cold"]
     assert tables.notes_of(rows[1:5]) == ["cold", "linear (n 2); linear (n 3); linear (n 4): own"]
+
+
+def test_a_note_of_all_rows_of_a_name_names_it_once():
+    """The parts of a step's time have a row in each case: five notes of "4 rows" would say nothing."""
+    rows = [Row("step", name, {"case": case}, {"time": Stat("s", 1)}, (*notes, *["small"] * (case == 2)))
+            for case in range(5) for name, notes in (("floor", ["least"]), ("gaps", ["rest"]), ("host", ["rest"]),
+                                                     ("linear", []))]
+    assert tables.notes_of(rows) == ["floor: least", "gaps; host: rest", "4 rows: small"]
+    assert tables.notes_of(rows[:4]) == ["floor: least", "gaps; host: rest"]
 
 
 def test_columns_line_up():

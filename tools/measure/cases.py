@@ -108,7 +108,8 @@ def parse_case(text):
 def _part(part, text):
     match = _PART.fullmatch(part)
     if match is None:
-        raise BenchError(f"case {text!r}: {part!r} is no part of a case, expected {GRAMMAR}")
+        raise BenchError(f"case {text!r}: {part!r} is no part of a case, expected {GRAMMAR}; what makes several cases "
+                         "stands in braces: decode={1,8-64*2}*1@512")
     n_seqs, n_query = int(match[1] or 1), int(match[2])
     context = int(match[3]) if match[3] else n_query
     if n_seqs < 1 or n_query < 1:

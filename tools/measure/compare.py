@@ -3,17 +3,17 @@
     bench.py compare before.json after.json
     bench.py compare before.json after.json --section kernels --threshold 3 --fail-on-regression
 
-Rows are matched by section, name and shape. The ratio is of medians and above 1 where B is better. A change is noise
-where it is under the threshold, or where the p10..p90 ranges of the two overlap; --all shows those too. Counts (the
-sections traffic and resources) are exact: there every change says something. Shares of a whole (the stat "share") are
-left out: they change when anything else does.
+Rows are matched by section, name and shape, ops of a step in their order. The ratio is of medians and above 1 where B
+is better. A change is noise where it is under the threshold, or where the p10..p90 ranges of the two overlap; --all
+shows those too. Counts (the sections traffic and resources) are exact: there every change says something. Shares of a
+whole (the stat "share") are left out: they change when anything else does.
 """
 
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
-from measure.report import SECTIONS, BenchError, Stat, load_document, rows_of
+from measure.report import SECTIONS, BenchError, Stat, load_document, rows_of, show
 from measure.tables import (
     MANY_ROWS,
     aligned,
@@ -32,6 +32,7 @@ BETTER, WORSE, NOISE, SAME, CHANGED = "better", "WORSE", "noise", "same", "chang
 THRESHOLD = 5.0         # percent
 EXACT = ("traffic", "resources")        # sections without noise
 SHARE = "share"         # a stat that is not compared
+PLACE = "order"         # of a shape, which is not compared either
 
 
 @dataclass(frozen=True)
@@ -84,13 +85,13 @@ def comparison(before, after, threshold=THRESHOLD, section=None):
         return [row for row in rows_of(document) if section in (None, row.section)]
     waiting = defaultdict(list)
     for row in chosen(before):
-        waiting[row.key].append(row)
+        waiting[_key(row)].append(row)
     changes, added, apart = [], [], {}
     for row in chosen(after):
-        if not waiting[row.key]:
+        if not waiting[_key(row)]:
             added.append(row)
             continue
-        old = waiting[row.key].pop(0)
+        old = waiting[_key(row)].pop(0)
         for name in dict.fromkeys([*old.stats, *row.stats]):
             a, b = old.stats.get(name), row.stats.get(name)
             if name == SHARE:
@@ -101,6 +102,12 @@ def comparison(before, after, threshold=THRESHOLD, section=None):
                 why = f"{a.unit} in A, {b.unit} in B" if a and b else f"only in {'A' if a else 'B'}"
                 apart.setdefault(f"{name} {why}", []).append(row)
     return Comparison(changes, [row for rows in waiting.values() for row in rows], added, apart)
+
+
+def _key(row):
+    """A row's, but for its place among the ops of a step, which moves with any op that comes or goes before it."""
+    section, name, shape = row.key
+    return section, name, tuple((key, value) for key, value in shape if key != PLACE)
 
 
 def differences(before, after):
@@ -200,7 +207,7 @@ def run(args, report):
         raise BenchError(f"--threshold is {args.threshold}, expected at least 0")
     before, after = load_document(args.before), load_document(args.after)
     to_stdout = args.markdown == Path("-")
-    print(text(before, after, args.threshold, args.section, to_stdout, args.all))
+    show(text(before, after, args.threshold, args.section, to_stdout, args.all))
     if args.markdown and not to_stdout:
         args.markdown.write_text(text(before, after, args.threshold, args.section, True, args.all) + "\n",
                                  encoding="utf-8")

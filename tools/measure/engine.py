@@ -86,7 +86,8 @@ def run(args, report):
             report.skip(model.name, error)
         gc.collect()                        # the next model needs the memory
     if not any(row.section == "engine" for row in report.rows):
-        raise BenchError("engine: everything was skipped")
+        raise BenchError("engine: everything was skipped: "
+                         + "; ".join(f"{skipped['what']}: {skipped['why']}" for skipped in report.skipped))
     return 0
 
 

@@ -18,7 +18,7 @@ from measure.cases import int_list, whole
 from measure.ceilings import ceilings_of
 from measure.clock import clock_of
 from measure.kernel.goals import goal_of
-from measure.kernel.kernel_cases import OPS, cases_of
+from measure.kernel.kernel_cases import OPS, cases_of, some
 from measure.kernel.kernel_inputs import Data
 from measure.report import BenchError, Row, Stat
 
@@ -61,8 +61,8 @@ def run(args, report):
         from measure.kernel import traffic
         return traffic.run(args, report, lane)
     default = GPU if lane.name == "cuda" else CPU
-    cases = cases_of(args.preset or default["preset"], args.n_tokens or default["n_tokens"],
-                     args.context or default["context"], args.batch or default["batch"], args.op)
+    cases = some(cases_of(args.preset or default["preset"], args.n_tokens or default["n_tokens"],
+                          args.context or default["context"], args.batch or default["batch"], args.op), args.op)
     ceilings = ceilings_of(args, lane, report)
     status = 0
     with Data(lane, np.random.default_rng(args.seed)) as data:

@@ -6,6 +6,7 @@ A report becomes a JSON document, and a document gives its rows back; tables, pa
 import argparse
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass
@@ -24,6 +25,14 @@ BETTER = ("lower", "higher", "")
 
 class BenchError(argparse.ArgumentTypeError):
     """One clear line about what cannot run. argparse shows it as it is where an argument's type raises it."""
+
+
+def show(text):
+    """Prints it. A reader that has left, as `head` does, is no failure."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())      # Python writes what is left when it ends
 
 
 def plain(value):

@@ -1,6 +1,7 @@
 """A bench document as text for a terminal and as GitHub markdown; how its figures are rounded and scaled."""
 
 import re
+from collections import Counter
 from math import floor, log10
 
 from measure.report import SECTIONS, check_document, rows_of
@@ -139,15 +140,18 @@ def _stat_columns(name, stats, family):
 
 
 def notes_of(rows):
-    """Lines: each note once, with the rows it is of unless it is of all."""
-    constant, of = constant_shape(rows), {}
+    """Lines: each note once, with the rows it is of unless it is of all, or with the names whose rows all have it."""
+    constant, of, named = constant_shape(rows), {}, Counter(row.name for row in rows)
     for row in rows:
         for note in row.notes:
             of.setdefault(note, []).append(row)
     lines = []
     for note, noted in of.items():
+        names = Counter(row.name for row in noted)
         if len(noted) == len(rows) > 1:
             lines.append(note)
+        elif len(names) < len(noted) and len(names) <= MANY_ROWS and all(names[name] == named[name] for name in names):
+            lines.append(f"{'; '.join(names)}: {note}")
         elif len(noted) > MANY_ROWS:
             lines.append(f"{len(noted)} rows: {note}")
         else:

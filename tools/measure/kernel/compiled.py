@@ -1,5 +1,6 @@
 """What each kernel takes of each architecture, compiled without a GPU: ptxas's figures, and how many blocks fit."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
@@ -9,9 +10,15 @@ import engine.kernels
 from engine.errors import KernelError
 from engine.kernels import device
 from engine.kernels.resources import LIMITS, Resources, read_log
+from engine.kernels.source import COMMENT
 from engine.models.presets import preset
 
 MAX_TOKENS = 8192           # of a step; launchers choose tiles by up to so many rows
+LEAST_WARPS = 16            # of an SM's 64, to keep memory busy; layer_norm, which keeps most in registers, has 18
+TILE_BYTES = 40 << 10       # of dynamic shared memory: from here on copies to tiles do that, and few warps are enough
+# Tiles are made for an SM of an H200; __launch_bounds__(threads, blocks) says how many of them it holds at once.
+TILED = ("sm_90a", "sm_100a")
+BOUNDS = r"__launch_bounds__\((?:[^(),]|\([^()]*\))*,\s*(\w+)\s*\)\s*%s\s*\("
 
 
 @dataclass
@@ -25,6 +32,7 @@ class Row:
     dynamic_smem_bytes: int
     taken: Resources | None
     error: str = ""
+    asked_blocks: int = 1       # of an SM, by the kernel's __launch_bounds__
 
     @property
     def smem_bytes(self):
@@ -38,6 +46,14 @@ class Row:
     @property
     def warps(self):
         return self.blocks * -(-self.n_threads // 32)
+
+    @property
+    def least_blocks(self):
+        """Fewer than so many are a kernel that lost its occupancy."""
+        least = self.asked_blocks if self.arch in TILED else 1
+        if self.dynamic_smem_bytes >= TILE_BYTES:
+            return least
+        return max(least, -(-LEAST_WARPS // -(-self.n_threads // 32)))
 
     def problems(self):
         """What is wrong, in words; nothing for a kernel as it should be."""
@@ -70,6 +86,12 @@ def variants(presets, kernels=None, max_tokens=MAX_TOKENS):
     return list(found.values())
 
 
+def asked_blocks(build):
+    """The second number of a kernel's __launch_bounds__, 1 where it has none."""
+    found = re.search(BOUNDS % build.entry, COMMENT.sub(" ", build.source.text))
+    return int(build.constants.get(found[1], found[1])) if found else 1
+
+
 def check(found, arches, n_workers):
     """A Row for each of `found` on each architecture. Kernels of a file that share constants are compiled as one."""
     def compile_one(key):
@@ -88,5 +110,6 @@ def check(found, arches, n_workers):
     for build, n_threads, smem in found:
         for arch in arches:
             taken, error = compiled[units[id(build)], arch]
-            rows.append(Row(build.source.file, repr(build), arch, n_threads, smem, taken and taken[build.entry], error))
+            rows.append(Row(build.source.file, repr(build), arch, n_threads, smem, taken and taken[build.entry], error,
+                            asked_blocks(build)))
     return rows

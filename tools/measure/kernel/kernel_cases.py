@@ -197,6 +197,13 @@ def cases_of(presets, n_tokens=(1, 16, 64, 4096), contexts=(1024,), batches=(1, 
     return sorted(found.values(), key=lambda case: (presets.index(case.preset), order.index(case.op)))
 
 
+def some(cases, ops):
+    """The cases. Raises BenchError where there are none: no preset asked for runs any of `ops`."""
+    if not cases:
+        raise BenchError(f"no preset that was asked for runs {' or '.join(ops)}")
+    return cases
+
+
 def _shapes(spec, sweep):
     """(op, label, sizes) of everything that steps of a ModelSpec run."""
     attentions = list(dict.fromkeys(layer.attention for layer in spec.layers))

@@ -86,7 +86,9 @@ def roofline(points, bytes_per_s, flops_per_s, width, height):
     line = " ".join(f"{plot.x(x):.1f},{plot.y(y):.1f}" for x, y in corners)
     parts.append(f'<polyline class="roof" points="{line}"/>')
     middle = left ** 0.6 * ridge ** 0.4
-    roof_labels = [_Label(figure(bytes_per_s, "bytes/s"), plot.x(middle) - 6, plot.y(middle * bytes_per_s) - 4, "end"),
+    slope = figure(bytes_per_s, "bytes/s")
+    roof_labels = [_Label(slope, max(plot.x(middle) - 6, plot.left + CHAR * len(slope)),
+                          plot.y(middle * bytes_per_s) - 4, "end"),
                    _Label(figure(flops_per_s, "flop/s"), plot.right - 4, plot.y(flops_per_s) - 6, "end")]
     parts += [label.svg("note") for label in roof_labels]
     spots = [(plot.x(p.intensity), plot.y(p.flops_per_s)) for p in points]

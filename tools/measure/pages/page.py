@@ -22,11 +22,16 @@ HERE = Path(__file__).resolve().parent
 TITLES = {
     "ceilings": ("Ceilings", "What this machine does at most, measured in the same run."),
     "kernels": ("Kernels", "The roof is the time that a kernel's bytes or its FLOPs take at the ceilings, whichever is "
-                           "longer; percent of roof is that time over the measured one."),
-    "traffic": ("Traffic", "Counted by the emulator's checker, without a clock. A ratio of 1 moves what the cost model "
-                           "says."),
-    "resources": ("Resources", "What each kernel takes of a multiprocessor (SM), as the compiler says."),
-    "engine": ("Engine", "Whole steps and generations."),
+                           "longer; percent of roof is that time over the measured one. A kernel without FLOPs is not "
+                           "in the plot."),
+    "traffic": ("Traffic", "Counted by the emulator's checker, without a clock. cost: the bytes that the cost model "
+                           "says. moved: the 32-byte sectors that warps ask for, in bytes, but for small rereads, "
+                           "which a cache serves. distinct: each byte once."),
+    "resources": ("Resources", "What each kernel takes of a multiprocessor (SM), as the compiler says, and how many of "
+                               "its blocks and warps an SM holds at once."),
+    "engine": ("Engine", "Whole steps and generations. wall: from building the batch to having its tokens. gpu or ops: "
+                         "the launches alone, back to back. floor: what weights, K and V take at the ceilings. tpot: "
+                         "time per token, itl: between two tokens, ttft: to the first."),
     "step": ("Where a step's time goes", "Each op's launches, timed in a row: the full part is what its bytes or FLOPs "
                                          "take at the ceilings, the light part is lost."),
     "serve": ("Serving", "A trace of requests, played in real time."),
