@@ -373,6 +373,12 @@ def test_bad_arguments_are_named(capsys):
         assert message in capsys.readouterr().err
 
 
+def test_a_peer_of_models_has_no_kernels(capsys):
+    assert bench.main(["against", "--lane", "emulated", "--peer", "transformers", "--op", "linear"]) == 2
+    assert ("against: everything was skipped: kernels: transformers: it is compared as a whole model: --case, without "
+            "--op") in capsys.readouterr().err
+
+
 def test_an_op_that_is_none_is_refused(capsys):
     assert bench.main(["against", "--lane", "cpu", "--peer", "torch", "--op", "linea"]) == 2
     assert "no op 'linea'" in capsys.readouterr().err
@@ -384,7 +390,7 @@ def test_without_torch_every_peer_is_skipped_and_nothing_is_made(tmp_path, monke
     file = tmp_path / "out.json"
     assert bench.main(["against", "--lane", "cpu", "--peer", ",".join(against.PEERS), "--json", str(file)]) == 2
     document = load_document(file)
-    assert not document["rows"] and document["incomplete"] == "against: everything was skipped"
+    assert not document["rows"] and document["incomplete"].startswith("against: everything was skipped: ")
     what = " ".join(line["what"] for line in document["skipped"])
     for name in against.PEERS:
         assert name in what

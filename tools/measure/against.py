@@ -57,7 +57,7 @@ def run(args, report):
     if names:
         is_good &= in_one_process(args, names, report)
     if not report.rows and is_good:
-        raise BenchError("against: everything was skipped")
+        raise BenchError(f"against: everything was skipped: {report.why_skipped()}")
     return 0 if is_good else 1
 
 

@@ -73,7 +73,7 @@ def _found(report, lane):
     bytes_per_s, flops_per_s = fastest("read"), fastest("matrix product")
     if bytes_per_s is None or flops_per_s is None:
         raise BenchError(f"ceilings: no {'read' if bytes_per_s is None else 'matrix product'} ran on {lane.name}: "
-                         + "; ".join(f"{skipped['what']}: {skipped['why']}" for skipped in report.skipped))
+                         + report.why_skipped())
     report.facts["ceilings"] = {"bytes_per_s": bytes_per_s, "flops_per_s": flops_per_s, "source": "measured"}
     return Ceilings(bytes_per_s, flops_per_s, "measured")
 

@@ -34,9 +34,9 @@ def add_draft_arguments(parser):
     add_counts(parser)
 
 
-def add_counts(parser):
+def add_counts(parser, words="1 to 16 or auto: each beside no drafts (with --draft: 4)"):
     parser.add_argument("--n-draft-tokens", type=draft_counts, metavar="LIST",
-                        help="tokens to draft in a step, 1 to 16 or auto: each beside no drafts (with --draft: 4)")
+                        help=f"tokens to draft in a step, {words}")
 
 
 def draft_counts(text):

@@ -86,8 +86,7 @@ def run(args, report):
             report.skip(model.name, error)
         gc.collect()                        # the next model needs the memory
     if not any(row.section == "engine" for row in report.rows):
-        raise BenchError("engine: everything was skipped: "
-                         + "; ".join(f"{skipped['what']}: {skipped['why']}" for skipped in report.skipped))
+        raise BenchError(f"engine: everything was skipped: {report.why_skipped()}")
     return 0
 
 

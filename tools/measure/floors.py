@@ -35,7 +35,7 @@ def add_arguments(parser):
                         f"(default: {' '.join(DEFAULT_CASES)})")
     parser.add_argument("--weight-bits", type=int, choices=[32, 16, 8, 4], default=16, help="of a weight")
     parser.add_argument("--kv-bits", type=int, choices=[32, 16, 8], default=16, help="of a cached value")
-    add_counts(parser)
+    add_counts(parser, "1 to 16: where a draft was released for the preset")
     parser.add_argument("--acceptance", type=chances, metavar="LIST", help="chances that a drafted token holds where "
                         f"those before it do (default: {','.join(f'{chance:g}' for chance in CHANCES)})")
     parser.add_argument("--launch-gap", type=positive, default=None, metavar="S",

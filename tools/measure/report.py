@@ -189,6 +189,10 @@ class Report:
     def skip(self, what, why):
         self.skipped.append({"what": str(what), "why": str(why)})
 
+    def why_skipped(self):
+        """All that was skipped, in a line."""
+        return "; ".join(f"{skipped['what']}: {skipped['why']}" for skipped in self.skipped)
+
     def bar(self, of, desc=""):
         """A progress bar over an iterable, or for a total to .update(); on stderr, off when that is no terminal."""
         options = {"desc": desc, "file": sys.stderr, "disable": None, "leave": False}

@@ -250,6 +250,8 @@ PEERS = (
 def kernel_peers(names, lane, report):
     """The peers asked for that run on the lane; the others are skipped with the reason."""
     found = []
+    for name in set(names) - {peer.name for peer in PEERS}:
+        report.skip(f"kernels: {name}", "it is compared as a whole model: --case, without --op")
     for peer in PEERS:
         if peer.name in names:
             reason = peer.available(lane)
