@@ -124,18 +124,21 @@ def test_an_eager_step_allocates_nothing_copies_in_once_and_reads_back_once(gpu,
 
 
 def test_steps_of_many_edits_are_replayed_too(gpu, monkeypatch):
-    """Two sequences with penalties whose text outgrows the room of the first graphs, beside one without."""
+    """Two sequences with penalties whose text outgrows the room of the first graphs, beside one without edits and one
+    with so many that they outgrow the buffer."""
     monkeypatch.setattr(step_inputs, "EDITS_A_ROW", 8)
-    prompts, arguments = prompts_of(CASES[0], 3), {"repetition_penalty": 1.4, "ignore_eos": True, "max_tokens": 24}
-    params = [SamplingParams(temperature=0, **arguments), SamplingParams(seed=1, **arguments), GREEDY]
+    prompts, arguments = prompts_of(CASES[0]), {"repetition_penalty": 1.4, "ignore_eos": True, "max_tokens": 24}
+    params = [SamplingParams(temperature=0, **arguments), SamplingParams(seed=1, **arguments), GREEDY,
+              SamplingParams(temperature=0, ignore_eos=True, max_tokens=8, logit_bias=dict.fromkeys(range(500), 0.5))]
     expected = [output.token_ids for output in open_llm(CASES[0], graphs=False).generate(prompts, params)]
     llm = open_llm(CASES[0])
     for _ in range(2):
-        seen = watch(llm, counts_of)
+        seen, size = watch(llm, counts_of), len(llm._core.step._stager._decode_buffer.host)
         assert [output.token_ids for output in llm.generate(prompts, params)] == expected
     decodes = [counts for is_decode, _, counts in seen if is_decode]
     assert all(counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1} for counts in decodes), decodes
-    assert "4 with 32 edits, 2 with 128 edits of" in str(llm.graphs)
+    assert "4 with 2048 edits, 2 with 128 edits of" in str(llm.graphs)
+    assert size > len(open_llm(CASES[0])._core.step._stager._decode_buffer.host)
 
 
 def test_explain_tells_of_graphs(gpu):
