@@ -268,11 +268,11 @@ class Stager:
 
 
 def edits_room(n_rows, n_edits):
-    """LogitEdits that inputs of n_rows rows have room for if they are to hold n_edits: none, EDITS_A_ROW a row, or 8,
-    64, ... times as many, so that a growing text seldom needs another graph."""
+    """LogitEdits that inputs of n_rows rows have room for if they are to hold n_edits: none, EDITS_A_ROW a row, or 4,
+    16, ... times as many: a growing text seldom needs another graph, and not much is copied for nothing."""
     room = n_rows * EDITS_A_ROW
     while room < n_edits:
-        room *= 8
+        room *= 4
     return room if n_edits else 0
 
 

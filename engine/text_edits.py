@@ -12,7 +12,7 @@ class TextEdits:
     banned  ids that some rows ban
     """
 
-    def __init__(self, params, prompt=(), output=(), banned=()):
+    def __init__(self, params, prompt=(), banned=()):
         self.params = params
         bias, banned = params.logit_bias or {}, set(banned)
         seen = set(prompt if params.repetition_penalty != 1 else ())
@@ -22,8 +22,6 @@ class TextEdits:
         self._columns = (array("i", ids), array("f", [bias.get(token, 0) for token in ids]),
                          array("B", [token in seen for token in ids]), array("i", bytes(4 * len(ids))),
                          array("B", [token in banned for token in ids]))
-        for token in output:
-            self.append(token)
 
     def append(self, token):
         """Takes the next token of the output."""
@@ -39,9 +37,7 @@ class TextEdits:
 
     def rows(self, drafts=(), n_banned=0):
         """What LogitEdits.build takes of the rows that decide the token behind none of the drafts, behind the first of
-        them, and so on to the last. The first n_banned of these rows ban `banned`."""
-        if n_banned <= 0 and not self._touches:             # as most requests
-            return [(self.params, None)] * (1 + len(drafts))
+        them, and so on to the last. The first n_banned of these rows ban `banned`. No entries: None."""
         text = self._copy() if drafts and self.params.has_penalties else self
         rows = [text._row(n_banned > 0)]
         for i, token in enumerate(drafts, start=1):

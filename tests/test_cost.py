@@ -295,7 +295,7 @@ def test_sampling_reads_the_logits_once_and_again():
     assert [more.bytes - op.bytes for more, op in zip(places, (drafts, tokens), strict=True)] == 2 * [2 * 4]
     relaxed = cost.relax_drafts(logits, None, None, 10, 0.6, None)
     assert relaxed.bytes == logits.nbytes + 2 * 9 and 2 * logits.nbytes < relaxed.traffic_bytes < 2.5 * logits.nbytes
-    edits = LogitEdits.build(TextEdits(SamplingParams(frequency_penalty=1.0), output=[1, 2, 3]).rows() * 2)
+    edits = LogitEdits.build(TextEdits(SamplingParams(repetition_penalty=1.1), prompt=[1, 2, 3]).rows() * 2)
     assert cost.apply_edits(logits, edits) == Cost(4 + 6 * 26 + 2 * 12)
 
 

@@ -137,8 +137,26 @@ def test_steps_of_many_edits_are_replayed_too(gpu, monkeypatch):
         assert [output.token_ids for output in llm.generate(prompts, params)] == expected
     decodes = [counts for is_decode, _, counts in seen if is_decode]
     assert all(counts == {"copies in": 1, "replays": 1, "copies out": 1, "waits": 1} for counts in decodes), decodes
-    assert "4 with 2048 edits, 2 with 128 edits of" in str(llm.graphs)
+    assert "4 with 2048 edits" in str(llm.graphs) and "2 with 64 edits" in str(llm.graphs)
     assert size > len(open_llm(CASES[0])._core.step._stager._decode_buffer.host)
+
+
+@pytest.mark.parametrize("most_drafts", [0, 3])
+def test_the_planned_buffer_has_room_for_the_edits_of_every_graph(gpu, most_drafts):
+    case = "gemma4-assistant-dense" if most_drafts else CASES[0]
+    draft = Golden(case).checkpoint.parent / "assistant"
+    llm = open_llm(case, **({"draft": draft, "n_draft_tokens": most_drafts} if most_drafts else {}))
+    stager, graphs = llm._core.step._stager, llm.graphs
+    planned = stager._decode_buffer
+    for n_seqs in graphs.sizes:
+        for n_drafts in graphs._draft_sizes:
+            stager.decode(n_seqs, n_drafts, n_seqs * (1 + n_drafts) * step_inputs.EDITS_A_ROW)
+    assert stager._decode_buffer is planned
+
+
+def test_how_much_room_edits_get():
+    assert [step_inputs.edits_room(2, n) for n in (0, 1, 1024, 1025, 4096, 4097, 70000)] == [
+        0, 1024, 1024, 4096, 4096, 16384, 262144]
 
 
 def test_explain_tells_of_graphs(gpu):

@@ -337,7 +337,12 @@ def test_rows_along_a_text_are_those_of_each_position():
 
 def edits_of(*rows):
     """LogitEdits of (SamplingParams, prompt ids, output ids, banned ids) per row."""
-    return LogitEdits.build(row for one in rows for row in TextEdits(*one).rows(n_banned=1))
+    def row_of(params, prompt, output, banned):
+        text = TextEdits(params, prompt, banned)
+        for token in output:
+            text.append(token)
+        return text.rows(n_banned=1)[0]
+    return LogitEdits.build(row_of(*row) for row in rows)
 
 
 def brute_force_edits(logits, rows):

@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from engine.sampler import LogitEdits
 from engine.sampling_params import SamplingParams
 from engine.tasks import Generation
-from engine.text_edits import TextEdits
 
 IDS = st.integers(0, 11)
 TEXT = st.lists(IDS, max_size=15)
@@ -83,4 +82,3 @@ def test_a_step_does_not_read_the_text_again():
         LogitEdits.build(task.edits([1, 2, 70]))
         task.append(token, None)
     assert prompt.n_reads == n_reads and not task.output.token_ids.n_reads
-    assert TextEdits(task.params, prompt, task.output.token_ids).rows([3])[1][1] == task.edits([3])[1][1]

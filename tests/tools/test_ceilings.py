@@ -2,6 +2,7 @@
 
 import json
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import bench
@@ -48,6 +49,14 @@ def test_other_work_on_a_cpu_lowers_no_limit(lane, bytes_per_s, flops_per_s):
             ("matrix product, SGEMM", "flop/s", [4, 8, 3]), ("matrix product, SGEMM", "flop/s", [5, 6, 5])):
         report.add(Row("ceilings", name, {}, {"rate": Stat(unit, rates, "higher")}))
     assert ceilings._found(report, SimpleNamespace(name=lane)) == Ceilings(bytes_per_s, flops_per_s, "measured")
+
+
+@pytest.mark.parametrize("n_cores", [1, 2, 7])
+def test_a_sum_on_all_cores_reads_all_of_it(n_cores, monkeypatch):
+    monkeypatch.setattr(ceilings, "machine", lambda: {"cores": n_cores})
+    with ThreadPoolExecutor(2) as pool:
+        sums = ceilings.side_by_side(pool, np.arange(1000, dtype=np.float32))
+    assert len(sums) == n_cores and sum(sums) == 999 * 500
 
 
 def test_products_of_a_cpu_take_turns(monkeypatch):

@@ -195,3 +195,10 @@ def test_a_note_of_all_rows_of_a_name_names_it_once():
 
 def test_columns_line_up():
     assert tables.aligned(["name", "s"], [["a", "1.25"], ["longer", ""]]) == "name       s\na       1.25\nlonger"
+
+
+@pytest.mark.parametrize("name, unit, header", [
+    ("ours", "s", "ours s"), ("time", "s", "time s"), ("extra_bytes", "bytes", "extra_bytes"), ("n", "1", "n")])
+def test_a_unit_stands_beside_a_name_that_only_ends_like_it(name, unit, header):
+    _, headers, _ = tables.section_table([Row("against", "model", {}, {name: Stat(unit, 3.0)})])
+    assert headers == ["name", header]

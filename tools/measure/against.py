@@ -77,7 +77,7 @@ def beside_transformers(args, report):
 def in_one_process(args, names, report):
     """Kernels and whole models on one lane; whether all outputs agree."""
     from engine.backend import open_lane
-    from measure.kernel.kernel_cases import cases_of
+    from measure.kernel.kernel_cases import cases_of, some
     from measure.peer.against_kernels import measure_kernels
     from measure.peer.against_model import check_cases, measure_models
     from measure.peer.peer_models import model_peers
@@ -88,7 +88,7 @@ def in_one_process(args, names, report):
     cases = cases_of(args.preset or list(PRESETS), args.n_tokens, args.context, args.batch, args.op)
     lane, is_good = open_lane(args.lane, "auto"), True
     if wants_kernels:
-        peers = kernel_peers(names, lane, report)
+        peers = kernel_peers(names, {case.op for case in some(cases, args.op)}, lane, report)
         is_good &= measure_kernels(cases, peers, lane, args, report)
     if wants_models:
         peers = model_peers(names, lane, report)

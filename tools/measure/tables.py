@@ -135,7 +135,7 @@ def _stat_columns(name, stats, family):
         cells.append(figure(stat.median, stat.unit, scale) + unit if stat else "")
         spreads.append(spread_text(stat, scale) if stat else "")
     label = scales[units.pop()][0] if len(units) == 1 else ""
-    columns = [(name if name.endswith(label) else f"{name} {label}", cells)]
+    columns = [(name if name.replace("_", " ").split()[-1] == label or not label else f"{name} {label}", cells)]
     return [*columns, ("p10..p90", spreads)] if any(spreads) else columns
 
 
