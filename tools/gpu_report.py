@@ -7,8 +7,8 @@
 Ceilings, the test suite on the GPU, every kernel, whole steps of real shapes, peers side by side, a stream of requests,
 loading: each is a process of its own under a time limit, so what fails or hangs loses nothing of the others. Writes
 benchmarks/<gpu>/<date>-<commit>.json and .md, again after each part. It installs and downloads nothing, leaves clocks
-and power as they are, and says what it skipped. Exit status: 0, 1 where a part failed or did not end, 2 where it cannot
-run.
+and power as they are, and shortens or skips what does not fit, by name. Exit status: 0, 1 where a part failed or did
+not end, 2 where it cannot run.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pathlib import Path
 sys.path.insert(1, str(Path(__file__).resolve().parent.parent))     # the checkout, where it is not installed
 
 from measure import machine
-from measure.report import BenchError, Report
+from measure.report import BenchError, Report, show
 from measure.runs import watchdog
 from measure.runs.gpu_parts import chosen, full_parts, quick_parts
 from measure.runs.parts import Runner, as_markdown, last_line, why_incomplete
@@ -103,8 +103,7 @@ def make_report(args, argv, until, stop):
         document = write(runner, out / stem, args.commit, "interrupted" if stop.is_set() else why_incomplete(report))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    print(text(document))
-    print(f"\n{part_lines(report.facts['parts'])}\n\n{out / stem}.json\n{out / stem}.md", flush=True)
+    show(f"{text(document)}\n\n{part_lines(report.facts['parts'])}\n\n{out / stem}.json\n{out / stem}.md")
     return 0 if is_good and not stop.is_set() else 1
 
 

@@ -28,10 +28,28 @@ def test_parts_of_a_gpu_and_what_does_not_fit():
     assert not small["engine-e4b"].why_not and "host" in small["engine-e4b-host"].argv
     whole = {one.name: one.why_not for one in full_parts("cuda", 78 << 30) if not one.name.startswith("against")}
     assert not any(whole.values())
-    assert list(large)[-2:] == ["against-compiled", "against-transformers"]       # these may find no time
-    of_all = [one.least_s for one in large.values()][:-2]
-    assert sum(of_all) < gpu_report.LIMIT_S - gpu_report.WRITE_S - parts.END_S
     assert too_large("gemma-4-31b", 24 << 30, 12) == "" and too_large("gemma-4-31b", 16 << 30, 12)
+
+
+@pytest.mark.parametrize("gib", [40, 78, 141])
+def test_the_least_of_all_parts_fits_the_time(monkeypatch, gib):
+    """Where every peer is installed. The spare ones stand last, and the report says of them: --only."""
+    monkeypatch.setattr(gpu_parts, "find_spec", lambda name: name)
+    of = full_parts("cuda", gib << 30)
+    assert [one.name for one in of if one.name.startswith("against") and one.why_not] == []
+    assert [one.name for one in of if one.spare] == [one.name for one in of[-2:]] == [
+        "against-compiled", "against-transformers"]
+    for_opening = 10
+    left = gpu_report.LIMIT_S - gpu_report.WRITE_S - parts.END_S - for_opening
+    assert sum(one.least_s for one in of if not one.spare and not one.why_not) <= left
+
+
+def test_where_a_steps_time_goes_is_not_what_a_short_run_leaves_out():
+    of = {one.name: one for one in full_parts("cuda", 1 << 40)}
+    for name in ("engine-1b", "engine-31b-slice"):
+        assert of[name].short and "--no-ops" not in of[name].argv + of[name].short
+    names = [name for name in of if name.startswith("engine")]
+    assert names[:2] == ["engine-1b", "engine-31b-slice"] and names[-1] == "engine-e4b-host"
 
 
 @pytest.mark.parametrize("of", [full_parts("cuda", 1 << 40), quick_parts("cpu"), quick_parts("emulated")])
@@ -79,6 +97,10 @@ def test_tests_run_side_by_side_where_they_can(monkeypatch, tmp_path, quick_end,
     found = {one.name: one for one in full_parts("cuda", 1 << 40) if one.suite}
     dealt = {name: one.argv[one.argv.index("--dist") + 1] for name, one in found.items() if "--dist" in one.argv}
     assert dealt == ({"tests-kernels": "load", "tests-engine": "load", "tests-others": "loadfile"} if has_xdist else {})
+    # One by one a crash costs one test; a file with a crash would begin again for ever.
+    restarts = {name: one.argv[one.argv.index("--max-worker-restart") + 1] for name, one in found.items()
+                if "--max-worker-restart" in one.argv}
+    assert restarts == (dict.fromkeys(("tests-kernels", "tests-engine"), "1000000") if has_xdist else {})
     env = found["tests-others"].env
     show = Part("show", ("-c", "import os; print(os.environ.get('OPENBLAS_NUM_THREADS'), os.environ['PATH'])"), 1, 60,
                 env=env)
@@ -95,9 +117,10 @@ class Runtime:
         pass
 
     def __init__(self, answers):
-        self._answers = answers
+        self._answers, self.n_asked = answers, 0
 
     def deviceSynchronize(self):
+        self.n_asked += 1
         if not self._answers:
             raise self.CUDARuntimeError("cudaErrorIllegalAddress: an illegal memory access was encountered")
 
@@ -114,6 +137,16 @@ def test_a_process_ends_behind_the_test_that_lost_its_gpu(monkeypatch, failed, a
         assert not ended
         lost.pytest_runtest_logreport(SimpleNamespace(when=when, failed=when == failed))
     assert bool(ended) is ends
+
+
+def test_the_gpu_is_asked_behind_tests_that_fail_and_no_others(monkeypatch):
+    runtime = Runtime(True)
+    monkeypatch.setitem(sys.modules, "cupy", SimpleNamespace(cuda=SimpleNamespace(runtime=runtime)))
+    lost = conftest.LostGpu()
+    for failed in (None, "call", None):
+        for when in ("setup", "call", "teardown"):
+            lost.pytest_runtest_logreport(SimpleNamespace(when=when, failed=when == failed))
+    assert runtime.n_asked == 1
 
 
 def test_a_process_that_never_opened_the_gpu_did_not_lose_it(monkeypatch):

@@ -12,6 +12,17 @@ def test_a_part_leaves_the_others_their_least():
     assert limit_of(part("a", 30), 50, [part("b", 40)]) == 50        # too little for both: the first goes first
     assert limit_of(part("a", 30), 50, [part("b", 40), part("c", 5)]) == 45
     assert limit_of(part("a", 30), 29, []) is None
+    assert limit_of(part("a"), 50, [part("b", 10), part("c", 20, spare=True)]) == 40
+
+
+def test_spare_parts_take_what_is_over_or_say_how_to_have_them(tmp_path, quick_end):
+    runs = runner(tmp_path, 60)
+    first, last, never = (Part(name, script(tmp_path, name, ""), least_s, 100, spare=name != "first")
+                          for name, least_s in (("first", 1), ("last", 20), ("never", 70)))
+    assert runs.run([first, last, never])
+    assert [one["name"] for one in runs.report.facts["parts"]] == ["first", "last"]
+    [skipped] = [one["why"] for one in runs.report.skipped if one["what"] == "never"]
+    assert skipped.endswith(" s were left, it needs 70 s; --only never gives it time of its own")
 
 
 # --- a whole run

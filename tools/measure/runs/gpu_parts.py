@@ -14,8 +14,8 @@ DECODE = "decode={1,8,64}*1@1024"
 # most, for all of it). Eight layers of Scout, two of them without RoPE, fit 80 GB with room for the cache.
 FAMILIES = (("engine-26b-a4b", "gemma-4-26b-a4b", (None,), (), (35, 90, 55)),
             ("engine-e4b", "gemma-4-e4b", (None,), (), (15, 60, 30)),
-            ("engine-e4b-host", "gemma-4-e4b", (None,), ("--ple", "host"), (15, 60, 30)),
-            ("engine-scout-slice", "llama-4-scout", (8, 4), (), (25, 70, 45)))
+            ("engine-scout-slice", "llama-4-scout", (8, 4), (), (25, 70, 45)),
+            ("engine-e4b-host", "gemma-4-e4b", (None,), ("--ple", "host"), (15, 60, 30)))
 # With a draft model of random weights, whose drafts are made to hold: (part, arguments, seconds as above).
 DRAFTS = (("31b-slice", ("--preset", "gemma-4-31b", "--layers", "12"), (20, 75, 50)),
           ("e4b", ("--preset", "gemma-4-e4b"), (15, 60, 40)))
@@ -28,6 +28,8 @@ ENGINE_TESTS = tuple(f"tests/test_{name}.py" for name in ("lanes", "same_bits", 
                                                           "expert_choices", "explain", "media_steps"))
 # Of tests in processes side by side, and BLAS threads of each, or they would wait for each other.
 MOST_WORKERS, THREADS = 8, "2"
+# Of processes of pytest-xdist, where each crash ends one test for good: any number, the part's time is the limit.
+MOST_RESTARTS = 1_000_000
 # A kernel that faults ends its process's use of the GPU: the ops that share one. The last group is all others.
 KERNEL_GROUPS = {"products": "linear,gated_linear", "attention": "attention"}
 KERNEL_GROUPS["others"] = ",".join(sorted(set(OPS) - set(",".join(KERNEL_GROUPS.values()).split(","))))
@@ -48,12 +50,14 @@ def tests(name, lane, *arguments, least_s, most_s, dist):
 
     dist  how tests are dealt to processes side by side, where pytest-xdist is installed: "load" one by one, and where a
           kernel's fault ends a process's use of the GPU, a new process goes on (tests/conftest.py); "loadfile" whole
-          files. Without pytest-xdist all tests behind such a fault fail.
+          files, where one that crashes begins again, so that pytest-xdist's own limit of restarts holds. Without
+          pytest-xdist all tests behind such a fault fail.
     """
     workers, env, stall_s = (), (), 40
     if find_spec("xdist") is not None:
         workers = "-n", str(max(1, min(MOST_WORKERS, (os.cpu_count() or 1) // 2))), "--dist", dist
         env = tuple((f"{library}_NUM_THREADS", THREADS) for library in ("OMP", "OPENBLAS", "MKL"))
+        workers += ("--max-worker-restart", str(MOST_RESTARTS)) if dist == "load" else ()
         stall_s = 60                                    # of the last file: the others have nothing to print any more
     argv = ("-m", "pytest", "-v", "--tb=short", "-o", "faulthandler_timeout=20", "-p", "no:cacheprovider",
             "--junit-xml", "{out}", "--lane", lane, *workers, *arguments)
@@ -64,6 +68,7 @@ def full_parts(lane, memory_bytes):
     """The parts of a report on a GPU with so much memory."""
     few = ("--n-tokens", "1,64", "--context", "1024", "--batch", "1,8", "--repeats", "5")
     no_ops = ("--no-ops", "--repeats", "5")
+    with_ops = ("--repeats", "3", "--steps", "8")       # where a step's time goes is what these two are for
     parts = [
         bench("ceilings", "ceilings", lane, least_s=20, most_s=60, uses_ceilings=False),
         tests("tests-kernels", lane, "tests/kernels", least_s=45, most_s=100, dist="load"),
@@ -74,10 +79,10 @@ def full_parts(lane, memory_bytes):
                 full_s=20, short=few) for what, name in (("26b-a4b", "gemma-4-26b-a4b"), ("scout", "llama-4-scout"))),
         bench("kernels-1b", "kernels", lane, "--preset", "gemma-3-1b", least_s=10, most_s=60, full_s=30, short=few),
         bench("engine-1b", "engine", lane, "--preset", "gemma-3-1b", "--case", DECODE, "--case", "prefill=2048",
-              least_s=15, most_s=60, full_s=30, short=no_ops),
+              least_s=15, most_s=60, full_s=30, short=with_ops),
         bench("engine-31b-slice", "engine", lane, "--preset", "gemma-4-31b", "--layers", "12", "--case", DECODE,
               "--case", "decode=1*1@32768", "--case", "prefill=8192", "--case", "mix=2048,16*1@4096", least_s=20,
-              most_s=90, full_s=55, short=no_ops),
+              most_s=90, full_s=55, short=with_ops),
         bench("engine-31b", "engine", lane, "--preset", "gemma-4-31b", "--case", "decode={1,8}*1@1024", "--case",
               "prefill=2048", least_s=45, most_s=100, full_s=70, short=no_ops,
               why_not=too_large("gemma-4-31b", memory_bytes))]
@@ -92,7 +97,7 @@ def full_parts(lane, memory_bytes):
                            "decode={1,8}*1@1024", "--case", "prefill=2048", least_s=least_s, most_s=most_s,
                            full_s=full_s, short=no_ops, why_not=too_large(preset_name, memory_bytes, n_layers)))
     # Peers that compile take 10 s and more a shape, and the tests that use no GPU say the least of one: they come last.
-    # For the last two there is time in a call of their own (--only against-compiled,against-transformers).
+    # The least of all but the spare ones fits the time together.
     return [*parts,
             bench("against-kernels", "against", lane, "--preset", "gemma-4-31b", "--peer", "torch,sdpa,flashinfer",
                   "--op", "linear,gated_linear,attention,sample", least_s=15, most_s=60, full_s=35,
@@ -110,10 +115,11 @@ def full_parts(lane, memory_bytes):
             tests("tests-others", lane, "tests", "--ignore=tests/kernels",
                   *(f"--ignore={file}" for file in ENGINE_TESTS), least_s=50, most_s=200, dist="loadfile"),
             bench("against-compiled", "against", lane, "--preset", "gemma-4-31b", "--peer", "compiled,flex", "--op",
-                  "gated_linear,attention,add_norm", "--n-tokens", "1,4096", "--batch", "8", least_s=20, most_s=150),
+                  "gated_linear,attention,add_norm", "--n-tokens", "1,4096", "--batch", "8", least_s=20, most_s=150,
+                  spare=True),
             bench("against-transformers", "against", lane, "--preset", "gemma-4-26b-a4b", "--layers", "6", "--peer",
                   "transformers", "--case", "decode=1*1@1024", "--case", "prefill=2048", least_s=30, most_s=120,
-                  why_not="" if find_spec("transformers") else "transformers is not installed")]
+                  spare=True, why_not="" if find_spec("transformers") else "transformers is not installed")]
 
 
 def quick_parts(lane):

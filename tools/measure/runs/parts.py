@@ -1,7 +1,7 @@
 """The parts of a long report: each a command of its own under a time limit, so that none can lose what others found.
 
 All parts share one deadline. A part is shortened where less time is left than it wants, skipped where less is left than
-it needs, and what it leaves over goes to those after it.
+it needs, and what it leaves over goes to those after it. None is kept for spare parts: they take what is over.
 """
 
 import os
@@ -32,6 +32,7 @@ class Part:
     stall_s  ended when it prints nothing for so long
     suite    it is pytest, and writes a junit file
     why_not  why it is not run at all
+    spare    no other is shortened so that it has its least
     env      (name, value) of variables set for it
     """
 
@@ -44,6 +45,7 @@ class Part:
     stall_s: float | None = None
     suite: bool = False
     why_not: str = ""
+    spare: bool = False
     env: tuple = ()
 
 
@@ -54,7 +56,7 @@ def limit_of(part, left_s, later):
         return None
     kept = 0.0
     for other in later:
-        if part.least_s + kept + other.least_s <= left_s:
+        if not other.spare and part.least_s + kept + other.least_s <= left_s:
             kept += other.least_s
     return min(part.most_s, left_s - kept)
 
@@ -93,7 +95,8 @@ class Runner:
             left = self.until - END_S - time.monotonic()
             limit = limit_of(part, left, [other for other in parts[place + 1:] if not other.why_not])
             if limit is None:
-                self.report.skip(part.name, f"{max(0, left):.0f} s were left, it needs {part.least_s:.0f} s")
+                alone = f"; --only {part.name} gives it time of its own" if part.spare else ""
+                self.report.skip(part.name, f"{max(0, left):.0f} s were left, it needs {part.least_s:.0f} s{alone}")
                 continue
             good &= self._run(part, limit)
             self.after_each()
@@ -110,7 +113,10 @@ class Runner:
                                is_stopped=self.is_stopped, env={**os.environ, **CRASHES, **dict(part.env)})
         status, why, is_whole, gpu = outcome.status, outcome.why, True, {}
         if part.suite:
-            is_whole = self._take_suite(part, log, outcome)
+            ended = self._take_suite(part, log, outcome)
+            is_whole = not ended
+            if ended and status in (watchdog.OK, watchdog.FAILED):
+                status, why = watchdog.FAILED, f"{why}: {ended}" if why else ended
         else:
             document = self._document(part)
             is_whole = document is not None and not document["incomplete"]
@@ -147,12 +153,12 @@ class Runner:
         return " ".join(["python", *filter(None, words)])
 
     def _take_suite(self, part, log, outcome):
-        """Puts a test run's row and failures into the report; whether it came to its end."""
+        """Puts a test run's row and failures into the report; "" where it told of every test, else why not."""
         suite = read_suite(self._file(part.name), log, outcome.status in (watchdog.OK, watchdog.FAILED))
         self.report.add(suite.row(part.name, part.argv[part.argv.index("--lane") + 1], outcome.seconds))
         failures = self.report.facts.setdefault("failed_tests", [])
         failures += [{"test": test, "text": list(lines)} for test, lines in suite.failures]
-        return not suite.ended
+        return suite.ended
 
     def _document(self, part):
         """What the part wrote; None for nothing that can be read."""
