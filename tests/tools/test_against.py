@@ -11,23 +11,18 @@ import bench
 import numpy as np
 import pytest
 from measure import against
-from measure.cases import parse_case
 from measure.kernel.kernel_cases import KernelCase, cases_of
-from measure.models import Model
-from measure.peer import against_kernels, against_model, peer_models, peers, turns
-from measure.peer.peer_models import model_peers
+from measure.peer import against_kernels, peers, turns
 from measure.peer.peers import PEERS, Peer, kernel_peers
 from measure.peer.turns import compared, take_turns, times_better
-from measure.random_weights import RandomCheckpoint
-from measure.report import BenchError, Report, load_document
+from measure.report import Report, load_document
+from measure.sm_clock import SideClocks
 
 from engine.backend import open_lane
 from engine.errors import KernelError, MemoryPlanError
-from engine.models import describe
-from loaders.config import Config
-from tests import tiny
 
 CPU = open_lane("cpu", "auto")
+ALL_OPS = {peer.op for peer in PEERS}
 
 
 class Script:
@@ -89,7 +84,7 @@ def test_the_ops_that_weigh_have_a_peer_without_further_packages():
 def test_a_peer_that_is_not_installed_is_skipped_with_the_reason(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
     report = Report()
-    assert kernel_peers(["torch", "flashinfer", "triton"], CPU, report) == []
+    assert kernel_peers(["torch", "flashinfer", "triton"], ALL_OPS, CPU, report) == []
     why = {line["what"]: line["why"] for line in report.skipped}
     assert why["moe_linear: triton: fused experts, tuned"] == "torch and triton not installed"
     assert why["moe_linear: torch: F.grouped_mm"] == "torch not installed"
@@ -100,9 +95,9 @@ def test_a_peer_that_is_not_installed_is_skipped_with_the_reason(monkeypatch):
 def test_a_peer_of_the_gpu_is_skipped_elsewhere(monkeypatch):
     monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: name)
     report = Report()
-    assert kernel_peers(["flashinfer", "triton"], CPU, report) == []
+    assert kernel_peers(["flashinfer", "triton"], ALL_OPS, CPU, report) == []
     assert {line["why"] for line in report.skipped} == {"it does not run on the cpu lane"}
-    assert [peer.what for peer in kernel_peers(["sdpa"], CPU, Report())] == ["contiguous K and V"]
+    assert [peer.what for peer in kernel_peers(["sdpa"], ALL_OPS, CPU, Report())] == ["contiguous K and V"]
 
 
 def attention(rows, **sizes):
@@ -169,6 +164,14 @@ def test_a_peer_that_agrees_is_timed_in_turns(scripted):
     assert row.stats["ratio"].median == pytest.approx(7 / 3)
     assert row.stats["error"].median == pytest.approx(1e-7, rel=0.5)
     assert (row.name, row.shape["peer"], row.shape["n_tokens"]) == ("rms_norm", "good: made up", 3)
+
+
+def test_the_clock_is_read_after_each_turn(scripted, monkeypatch):
+    left = [1980, 1500, 1980, 1500]
+    monkeypatch.setattr(against_kernels, "side_clocks", lambda lane: SideClocks(lambda: left.pop(0)))
+    _, report = run_kernels(NORM, [norm_peer("good")])
+    assert not left
+    assert "no fair comparison: SM clock 1980 MHz for ours, 1500 for theirs" in report.rows[0].notes
 
 
 def test_beside_a_peer_without_a_graph_ours_is_timed_without_one_too(monkeypatch):
@@ -250,118 +253,6 @@ def test_drawn_tokens_must_be_among_those_that_are_left():
     assert peers.drawn_error(prepared, np.array([[0], [2], [7]])) == (pytest.approx(2 / 3), 0.0)
 
 
-# --- whole models
-
-class FakeModel:
-    """Agrees with the Core, up to `off`; its clock says 3 s."""
-
-    notes = ("made up",)
-
-    def __init__(self, core, case, max_len, model, off=0.0):
-        assert max_len >= case.max_context + ARGS.tokens and model is TINY
-        self.core, self.case, self.off, self.is_closed = core, case, off, False
-
-    def ready(self, n_tokens):
-        return 7.0
-
-    def logits(self, ids, first):
-        return against_model.our_logits(self.core, ids, first) * (1 + self.off)
-
-    def samples(self, n):
-        return [3.0] * n
-
-    def close(self):
-        self.is_closed = True
-
-
-SPEC = describe(Config(tiny.flat("gemma3")))
-TINY = Model("tiny", SPEC, None, tiny.flat("gemma3"))
-ARGS = Namespace(repeats=2, seed=0, tokens=2)
-
-
-def run_model(text, **peers):
-    """(is_good, report, core) of one case on a tiny Gemma 3; the context is longer than its window."""
-    case = parse_case(text)
-    against_model.check_cases([case])
-    report = Report()
-    core, cases = against_model.open_core("tiny", SPEC, CPU, RandomCheckpoint(SPEC), [case],
-                                          against_model.steps_of(ARGS), report, 0)
-    assert cases == [case]
-    return against_model.measure_case(core, TINY, case, peers, ARGS, report), report, core
-
-
-@pytest.mark.parametrize("text", ["decode=3*1@40", "prefill=2*40"])
-def test_models_take_turns_and_leave_nothing_behind(text, monkeypatch):
-    monkeypatch.setattr(turns, "SETTLE_S", 0)
-    is_good, report, core = run_model(text, fake=FakeModel)
-    compiled, row = report.rows
-    assert is_good and not report.skipped
-    assert (compiled.name, compiled.stats["theirs"].samples) == ("compile", (7.0,))
-    assert row.stats["theirs"].samples == (3.0, 3.0) and len(row.stats["ours"].samples) == 2
-    assert row.notes == ("made up",) and row.shape["context"] == 40
-    assert not core.scheduler.running and not core.scheduler.waiting
-    assert all(pages.n_free == pages.n_pages for pages in core.kv_cache.allocators)
-
-
-def test_a_model_that_is_wrong_is_reported_and_not_timed():
-    is_good, report, _ = run_model("decode=1*1@40", bad=lambda *args: FakeModel(*args, off=1e-3))
-    assert not is_good
-    assert "ours" not in report.rows[-1].stats and "not timed: logits differ by 0.001" in report.rows[-1].notes[0]
-
-
-def test_a_model_that_fails_is_skipped_and_closed():
-    opened = []
-
-    class Broken(FakeModel):
-        def ready(self, n_tokens):
-            opened.append(self)
-            raise RuntimeError("out of memory")
-    is_good, report, _ = run_model("decode=1*1@40", broken=Broken, good=FakeModel)
-    assert is_good and opened[0].is_closed
-    assert report.skipped == [{"what": "tiny decode=1@40: broken", "why": "RuntimeError: out of memory"}]
-    assert report.rows[-1].shape["peer"] == "good"
-
-
-def test_our_decode_steps_compute_every_sequence():
-    case = parse_case("decode=3*1@40")
-    core, _ = against_model.open_core("tiny", SPEC, CPU, RandomCheckpoint(SPEC), [case], 8, Report(), 0)
-    ours = against_model.Ours(core, case, np.random.default_rng(0), 2)
-    with ours.seated() as sequences:
-        assert [sequence.n_cached for sequence in sequences] == [39] * 3
-        ours.samples(2)
-        assert [len(sequence.tokens) for sequence in sequences] == [44] * 3
-        assert [sequence.n_cached for sequence in sequences] == [43] * 3
-    assert all(pages.n_free == pages.n_pages for pages in core.kv_cache.allocators)
-
-
-def test_model_peers_that_are_not_there_are_skipped_with_the_reason(monkeypatch):
-    missing = {"transformers"}
-    monkeypatch.setattr(peer_models.importlib.util, "find_spec", lambda name: None if name in missing else name)
-    report = Report()
-    assert list(model_peers(["torch", "transformers", "compiled"], CPU, report)) == ["torch", "compiled, sdpa"]
-    assert {line["what"]: line["why"] for line in report.skipped} == {
-        "whole models: transformers": "transformers not installed",
-        "whole models: compiled, flex": "flex_attention's decoding kernel is a GPU's"}
-    missing.add("torch")
-    assert not model_peers(["torch", "transformers"], CPU, report)
-    assert [line["why"] for line in report.skipped[2:]] == ["torch not installed",
-                                                            "torch and transformers not installed"]
-
-
-def test_a_case_beyond_the_models_positions_is_skipped():
-    report = Report()
-    core, cases = against_model.open_core("tiny", SPEC, CPU, RandomCheckpoint(SPEC), [parse_case("decode=1*1@125")], 8,
-                                          report, 0)
-    assert core is None and not cases
-    assert report.skipped[0]["why"] == "it decodes on to 133 positions, the model has 128"
-
-
-@pytest.mark.parametrize("text", ["mix=2048,16*1@4096", "verify=4*5@64"])
-def test_cases_that_a_peer_cannot_be_timed_at_are_refused(text):
-    with pytest.raises(BenchError, match="expected decodes"):
-        against_model.check_cases([parse_case(text)])
-
-
 # --- the command
 
 def test_bad_arguments_are_named(capsys):
@@ -373,10 +264,18 @@ def test_bad_arguments_are_named(capsys):
         assert message in capsys.readouterr().err
 
 
-def test_a_peer_of_models_has_no_kernels(capsys):
-    assert bench.main(["against", "--lane", "emulated", "--peer", "transformers", "--op", "linear"]) == 2
-    assert ("against: everything was skipped: kernels: transformers: it is compared as a whole model: --case, without "
-            "--op") in capsys.readouterr().err
+@pytest.mark.parametrize("arguments, message", [
+    (["--lane", "emulated", "--peer", "transformers", "--op", "linear"],
+     "everything was skipped: kernels: transformers: it has none of these ops"),
+    (["--lane", "cpu", "--peer", "sdpa", "--op", "rms_norm"],
+     "everything was skipped: kernels: sdpa: it has none of these ops"),
+    (["--lane", "cpu", "--peer", "sdpa", "--case", "decode=1*1@32"],
+     "everything was skipped: whole models: sdpa: it is none, as torch, compiled, transformers are"),
+    (["--lane", "cpu", "--peer", "torch", "--op", "moe_linear", "--preset", "gemma-3-270m"],
+     "no preset that was asked for runs moe_linear")], ids=str)
+def test_where_all_is_skipped_it_says_why(arguments, message, capsys):
+    assert bench.main(["against", *arguments]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_an_op_that_is_none_is_refused(capsys):

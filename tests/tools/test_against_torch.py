@@ -175,6 +175,22 @@ def test_a_case_is_measured_end_to_end(text, monkeypatch):
     assert all(len(row.stats[side].samples) == 2 for side in ("ours", "theirs"))
 
 
+def test_every_sample_of_torch_decodes_at_the_same_contexts():
+    spec, case = describe(Config(FAMILIES["gemma3"])), parse_case("decode=2*1@40")
+    core, _ = against_model.open_core("tiny", spec, CPU, RandomCheckpoint(spec), [case], 3, Report(), 0)
+    peer, contexts = TorchPeer(core, case, 64), []
+    decode = peer.model.decode
+
+    def noted(ids, position):
+        contexts.append(position.item() + 1)
+        return decode(ids, position)
+    peer.model.decode = noted
+    peer.ready(3)
+    contexts.clear()
+    peer.samples(3)
+    assert contexts == 3 * [40, 41, 42]
+
+
 @pytest.mark.parametrize("family, words", [
     ("gemma3", None), ("gemma4", None), ("gemma4-moe", "experts (layer 0)"),
     ("gemma4-e", "per-layer inputs, K and V of another layer (layer 3)"),

@@ -81,6 +81,45 @@ def test_it_reads_our_weights_where_they_are(family):
     assert all("norm" in name for name in copied) and bool(copied) == bool(core.spec.norm_offset)
 
 
+def scripted(peer, monkeypatch):
+    """A generate() that computes nothing: 10 s to a prompt's logits, 1 s to those of each further token. The list of
+    (n_seqs, prompt tokens, further tokens)."""
+    asked, now = [], [0.0]
+
+    def generate(ids, n_tokens, on_logits):
+        asked.append((*ids.shape, n_tokens))
+        for i in range(n_tokens):
+            now[0] += 1 if i else 10
+            on_logits(ids, None)
+    monkeypatch.setattr(peer, "_generate", generate)
+    monkeypatch.setattr(peer_transformers, "time", Namespace(perf_counter=lambda: now[0]))
+    return asked
+
+
+@pytest.mark.parametrize("text, seconds, asks", [("decode=2*1@40", 1.0, (2, 39, TOKENS + 1)),
+                                                 ("prefill=2*24", 10.0, (2, 24, 1))])
+def test_a_sample_is_a_prompt_or_a_token_after_one_from_the_same_context_on(text, seconds, asks, monkeypatch):
+    core, model, case = opened("gemma3", text)
+    peer = MODELS["transformers"]["transformers"](core, case, 64, model)
+    asked = scripted(peer, monkeypatch)
+    peer.ready(TOKENS)
+    assert peer.samples(2) == [seconds] * 2
+    assert asked == [asks] * 4                                  # two of them to get ready
+
+
+@pytest.mark.parametrize("text, kind", [("decode=2*1@40", "StaticCache"), ("prefill=2*24", "DynamicCache")])
+def test_the_case_chooses_the_cache_whatever_the_config_says(text, kind):
+    core, model, case = opened("gemma3", text)
+    named = Model("tiny", core.spec, None, {**model.config, "cache_implementation": "static"})
+    peer, kinds = MODELS["transformers"]["transformers"](core, case, 64, named), set()
+
+    def note(module, args, kwargs):
+        kinds.add(type(kwargs["past_key_values"]).__name__)
+    peer.model.register_forward_pre_hook(note, with_kwargs=True)
+    peer.ready(TOKENS)
+    assert kinds == {kind} and len(peer.notes) == 1             # no second note: nothing was refused
+
+
 def test_weights_that_are_not_ours_are_named():
     core, model, _ = opened("gemma4", "prefill=24")
     config = {**model.config, "hidden_size_per_layer_input": 8}

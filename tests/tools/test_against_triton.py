@@ -1,6 +1,7 @@
 """The fused experts of bench.py against in Triton, where it is installed, by its interpreter: they are ours."""
 
 import sys
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -50,6 +51,24 @@ def test_products_by_expert_are_ours(case, interpreted):
         assert len(launches) == 2 and error <= bound == 1e-5
         wrong, bound = peer.compare(prepared, lambda: launches[0]().roll(1, 1))
         assert wrong > bound
+
+
+def test_of_the_tiles_the_fastest_that_fits_computes_every_set(interpreted, monkeypatch):
+    from measure.peer import triton_experts
+    routes, tiles = Namespace(begins=[0, 40, 90]), triton_experts.TILES
+    choices = [(n_rows, tile) for n_rows in (32, 64) for tile in tiles]
+    times = dict(zip(choices, [None, 5.0, 4.0, 2.0, None, 3.0], strict=True))       # None: too large for the GPU
+
+    def do_bench(launch, *durations):
+        arrays, *choice = launch
+        assert arrays is prepared.sets[0]
+        if times[tuple(choice)] is None:
+            raise triton_experts.OutOfResources(300_000, 230_000, "shared memory")
+        return times[tuple(choice)]
+    monkeypatch.setattr(triton_experts.triton.testing, "do_bench", do_bench)
+    monkeypatch.setattr(triton_experts, "bound", lambda prepared, *launch: launch)
+    prepared = Namespace(lane=Namespace(name="cuda"), sets=[{"host_routes": routes}, {"host_routes": routes}])
+    assert triton_experts.experts(prepared) == [(arrays, 64, tiles[0]) for arrays in prepared.sets]
 
 
 def test_tiles_are_of_one_expert_each(interpreted):

@@ -46,7 +46,7 @@ def check_cases(cases):
 
 def needs_of(case, spec, n_steps):
     """What a Core is opened for: the case, and the prompts whose logits are compared."""
-    n = min(PROMPT, case.max_context)
+    n = min(PROMPT, case.max_context if case.is_prompt else spec.max_positions)
     prompt = Case("check", (Part(case.n_seqs, n, n),))
     return [seats.Needs(case, n_steps, spec.max_positions, MOST_BATCH_TOKENS),
             seats.Needs(prompt, 1, spec.max_positions, MOST_BATCH_TOKENS)]
@@ -72,24 +72,22 @@ def prompts(spec, rng, n_seqs, length):
 
 
 class Ours:
-    """The Core's side of one case: decoding steps of seated sequences, or prompts to their first token, in seconds."""
+    """The Core's side of one case: steps of sequences that decode, from the case's context on in every sample, as the
+    peers' do; or prompts to their first token."""
 
     def __init__(self, core, case, rng, n_tokens):
         self.core, self.case, self.rng, self.n_tokens = core, case, rng, n_tokens
-
-    def seated(self):
-        """The context in which decodes are timed: their sequences run."""
-        parts = [(self.case.n_seqs, 1, self.case.max_context)] if self.case.is_decode else []
-        return seats.seated(self.core, parts, self.rng)
 
     def samples(self, n):
         return [self._decode() if self.case.is_decode else self._prefill() for _ in range(n)]
 
     def _decode(self):
-        began = time.perf_counter()
-        for _ in range(self.n_tokens):
-            self.core.loop.step()
-        return (time.perf_counter() - began) / self.n_tokens
+        with seats.seated(self.core, [(self.case.n_seqs, 1, self.case.max_context - 1)], self.rng):
+            self.core.loop.step()                               # takes the sequences in, which theirs need not
+            began = time.perf_counter()
+            for _ in range(self.n_tokens):
+                self.core.loop.step()
+            return (time.perf_counter() - began) / self.n_tokens
 
     def _prefill(self):
         ids = prompts(self.core.spec, self.rng, self.case.n_seqs, self.case.max_context)
@@ -116,7 +114,7 @@ def our_logits(core, ids, first):
 def error_of(peer, core, case, rng):
     """Of the peer's logits, the largest difference from ours, as a share of our largest logit; NaN where one is. For
     prompts those after the last token of as long ones; for decodes also those after each further token."""
-    n = case.max_context if case.is_prompt else min(PROMPT, core.plan.max_seq_len)
+    n = case.max_context if case.is_prompt else min(PROMPT, core.spec.max_positions)
     first = n - 1 if case.is_prompt else n - n // 4
     ids = prompts(core.spec, rng, case.n_seqs, n)
     ours, theirs = our_logits(core, ids, first), peer.logits(ids, first)
@@ -168,19 +166,18 @@ def measure_peer(core, name, case, peer_name, peer, args, report):
         return True
     ours, clocks = Ours(core, case, rng, args.tokens), side_clocks(core.lane)
     sides = {"ours": ours, "theirs": peer}
-    with ours.seated():
-        before = None if core.lane.name == "cuda" else rest
-        take_turns(sides, 1)                                    # graphs are captured, caches warm
-        with report.bar(args.repeats, f"{name} {case} against {peer_name}") as bar:
-            samples = take_turns(sides, args.repeats, bar, before, clocks)
+    before = None if core.lane.name == "cuda" else rest
+    take_turns(sides, 1)                                        # graphs are captured, caches warm
+    with report.bar(args.repeats, f"{name} {case} against {peer_name}") as bar:
+        samples = take_turns(sides, args.repeats, bar, before, clocks)
     report.add(row_of(case, name, core.spec, peer_name, {**compared(samples["ours"], samples["theirs"]), **stats},
                       (*peer.notes, *clocks.notes())))
     return True
 
 
 def steps_of(args):
-    """Decode steps that a case takes at most, warm-up included."""
-    return args.tokens * (args.repeats + 2)
+    """Decode steps that go on from a case's context: those of one sample, for each begins there."""
+    return args.tokens
 
 
 def measure_models(args, presets, lane, report, peers):

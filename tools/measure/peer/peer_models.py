@@ -3,7 +3,8 @@
     peer.ready(n_tokens)        compiles and captures; how long that took, 0.0 for nothing
     peer.logits(ids, first)     [n_seqs, n - first, vocab] float32 after the tokens of ids [n_seqs, n] from `first` on,
                                 by what will be timed, to be compared
-    peer.samples(n)             seconds of a decoded token, or of a prompt to its first token
+    peer.samples(n)             seconds of a decoded token, from the case's context on in each sample, or of a prompt to
+                                its first token
     peer.notes, peer.close()
 """
 
@@ -128,6 +129,8 @@ def model_peers(names, lane, report):
     for name in names:
         missing = [package for package in dict.fromkeys(("torch", name if name == "transformers" else "torch"))
                    if importlib.util.find_spec(package) is None]
+        if name not in MODELS:
+            report.skip(f"whole models: {name}", f"it is none, as {', '.join(MODELS)} are")
         for shown, open_peer in MODELS.get(name, {}).items():
             reason = f"{' and '.join(missing)} not installed" if missing else ""
             if reason or (lane.name != "cuda" and shown in ON_GPU):

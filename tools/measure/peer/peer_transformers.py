@@ -19,7 +19,6 @@ from engine.tensors import HEADS, PREFIXES, targets
 from measure.peer import torch_arrays
 from measure.report import BenchError
 
-NOT_FOR_PEERS = ("cache_implementation",)       # of a config.json: what else would choose the KV cache
 MOST_NAMES = 4
 
 
@@ -58,7 +57,6 @@ def without_weights():
 def model_of(config, spec, weights):
     """The model of a config.json that computes what `spec` says, on the tensors of Weights. Raises BenchError."""
     text = {**config.get("text_config", config), "num_hidden_layers": len(spec.layers)}
-    text = {key: value for key, value in text.items() if key not in NOT_FOR_PEERS}
     tensors = tensors_of(spec, weights)
     head = tensors[HEADS[0]]
     with without_weights():
@@ -88,7 +86,7 @@ class TransformersPeer:
             self.model = model_of(config, core.spec, core.weights)
             # One for all calls, because a recorded graph reads it where it is.
             self.cache = transformers.StaticCache(self.model.config, max_len) if case.is_decode else None
-        # No token ends a sequence, so that none is looked for.
+        # No token ends a sequence, so that none is looked for; nor does the config.json choose the KV cache.
         self.model.generation_config = transformers.GenerationConfig(do_sample=False, pad_token_id=0)
 
     def _generate(self, ids, n_tokens, on_logits):

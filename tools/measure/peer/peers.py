@@ -247,12 +247,13 @@ PEERS = (
 )
 
 
-def kernel_peers(names, lane, report):
-    """The peers asked for that run on the lane; the others are skipped with the reason."""
-    found = []
-    for name in set(names) - {peer.name for peer in PEERS}:
-        report.skip(f"kernels: {name}", "it is compared as a whole model: --case, without --op")
-    for peer in PEERS:
+def kernel_peers(names, ops, lane, report):
+    """The peers asked for that compute one of the ops on the lane; the others are skipped with the reason."""
+    found, peers = [], [peer for peer in PEERS if peer.op in ops]
+    for name in names:
+        if not any(peer.name == name for peer in peers):
+            report.skip(f"kernels: {name}", "it has none of these ops")
+    for peer in peers:
         if peer.name in names:
             reason = peer.available(lane)
             if reason:
