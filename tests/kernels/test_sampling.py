@@ -14,7 +14,7 @@ from engine.sampler import MAX_VOCAB, LogitEdits, SamplingBatch
 from engine.sampling_params import SamplingParams
 from engine.workspace import MOST_TOP, Scratch
 from tests.kernels.declared import least_bytes
-from tests.test_sampler import edits_of
+from tests.test_logit_edits import edits_of
 
 REAL_VOCAB = 262144
 VOCABS = [1, 2, 5, 12, 16, 20, 24, 40, 48, 72, 1000, 5001]
