@@ -15,8 +15,8 @@ MEMORY = 0.9                # share of what a sequence knew that is left after i
 RETRY_TOKENS = 32           # a sequence that gave up drafts one token again after so many without
 WORTH = 1.05                # a smaller gain may be none: the host, norms, sampling of more rows are not reckoned
 CONTEXT = 1024              # tokens in the cache, of the steps that are reckoned
-# What a step is reckoned with: {lane: (ceilings, seconds between two launches)}. An H200's, and a CPU's with two cores
-# (README.md, "Where the time goes"). Only ratios count. The emulator drafts as often as the GPU that it stands for.
+# What a step is reckoned with: {lane: (ceilings, seconds between two launches)}. An H200's, and what a CPU's two cores
+# gave once, beside other work. Only ratios count. The emulator drafts as often as the GPU that it stands for.
 MACHINES = {"cuda": (Ceilings(4.3e12, 790e12, "H200"), 1e-6), "cpu": (Ceilings(23.4e9, 111e9, "2 cores"), 10e-6)}
 LAUNCHES = 9                # of a layer, and about as many outside of them
 

@@ -153,9 +153,7 @@ class Stager:
         """The StagedBatch of a Batch; it is good until the next one."""
         arrays = self._arrays(batch)
         fields = {name: (array.dtype, array.shape) for name, array in arrays.items()}
-        n_bytes = Packed.n_bytes(fields)
-        if n_bytes > len(self._buffer.host):
-            self._buffer = self._lane.step_buffer(2 * n_bytes)
+        self._buffer = self._with_room(self._buffer, fields)
         packed = Packed(self._buffer, fields)
         packed.send(arrays)
         return self._staged(packed.device)
@@ -167,11 +165,15 @@ class Stager:
         key = n_seqs, n_drafts, n_edits
         if key not in self._decode_inputs:
             fields = self._decode_fields(n_seqs, n_drafts, n_rows, n_edits)
-            if Packed.n_bytes(fields) > len(self._decode_buffer.host):      # those made before keep theirs
-                self._decode_buffer = self._lane.step_buffer(2 * Packed.n_bytes(fields))
+            self._decode_buffer = self._with_room(self._decode_buffer, fields)      # those made before keep theirs
             packed = Packed(self._decode_buffer, fields)
             self._decode_inputs[key] = DecodeInputs(*key, packed, self._staged(packed.device), self._arrays)
         return self._decode_inputs[key]
+
+    def _with_room(self, buffer, fields):
+        """The step buffer, or where `fields` do not fit a new one with room to spare."""
+        n_bytes = Packed.n_bytes(fields)
+        return buffer if n_bytes <= len(buffer.host) else self._lane.step_buffer(2 * n_bytes)
 
     def _decode_fields(self, n_seqs, n_drafts, n_rows, n_edits):
         """The fields of Packed for decode steps of so many sequences, drafts of each, rows in all and edits."""

@@ -1,5 +1,6 @@
 """engine/scheduler.py over a real KVCache and no model: every history ends, no page is lost, mixed up or missing."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -138,14 +139,15 @@ def test_any_history_ends_and_loses_nothing(windows, page_size, extra_pages, max
     run_history(scheduler, requests, data)
 
 
-def run_history(scheduler, requests, data):
-    """Runs requests to their ends, in steps that are checked; nobody holds anything afterwards."""
-    max_seqs, memory = scheduler.max_seqs, Memory(scheduler.kv_cache, scheduler.encoder_cache)
+def run_history(scheduler, requests, data, take_step=None):
+    """Runs requests to their ends, in steps that are checked, by take_step(n_total) or step(); nobody holds anything
+    afterwards."""
+    take_step = take_step or partial(step, scheduler, Memory(scheduler.kv_cache, scheduler.encoder_cache))
     numbers = data.draw(st.permutations(range(len(requests))))      # a stream may begin after a later submission
     n_total = {number: min(40, request["n_prompt"] + request["n_generated"])
                for number, request in zip(numbers, requests, strict=True)}
     pending, live = list(zip(numbers, requests, strict=True)), {}
-    limit = 40 + (max_seqs + 1) * sum(n_total.values())
+    limit = 40 + (scheduler.max_seqs + 1) * sum(n_total.values())
     for now in range(limit):
         for number, request in [one for one in pending if one[1]["arrival"] <= now]:
             pending.remove((number, request))
@@ -158,7 +160,7 @@ def run_history(scheduler, requests, data):
                 scheduler.remove(sequence)
                 del live[number]
         if live:
-            step(scheduler, memory, n_total)
+            take_step(n_total)
         elif not pending:
             break
     assert not live and not pending, f"not done after {limit} steps"

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.batch import Batch
-from tests.test_scheduler import REQUEST, check_pages, check_trimmed, scheduler_of, submit
+from tests.test_scheduler import REQUEST, check_pages, check_trimmed, run_history, scheduler_of, submit
 
 MOST_DRAFTS = 16
 
@@ -81,26 +81,8 @@ def test_any_history_with_drafts_ends_and_loses_nothing(windows, page_size, extr
     """Random drafts, accepted and rejected, among random arrivals, lengths, aborts, pools and limits."""
     scheduler = scheduler_of(windows, page_size, 40, extra_pages[:len(windows)], max_seqs, max_batch_tokens)
     memory, rng = Memory(scheduler.kv_cache), data.draw(st.randoms(use_true_random=False))
-    n_total = {i: min(40, request["n_prompt"] + request["n_generated"]) for i, request in enumerate(requests)}
-    pending, live = list(enumerate(requests)), {}
-    limit = 40 + (max_seqs + 1) * sum(n_total.values())
-    for now in range(limit):
-        for number, request in [one for one in pending if one[1]["arrival"] <= now]:
-            pending.remove((number, request))
-            live[number] = submit(scheduler, number, request["n_prompt"]), request["abort_after"], now
-        for number, (sequence, abort_after, since) in list(live.items()):
-            if sequence not in scheduler.running and sequence not in scheduler.waiting:
-                assert len(sequence.tokens) == n_total[number] == sequence.n_cached
-                del live[number]
-            elif abort_after is not None and now - since >= abort_after:
-                scheduler.remove(sequence)
-                del live[number]
-        if live:
-            step(scheduler, memory, n_total, lambda n: rng.randint(0, n), lambda most: rng.randint(0, most))
-        elif not pending:
-            break
-    assert not live and not pending, f"not done after {limit} steps"
-    assert all(allocator.n_free == allocator.n_pages for allocator in scheduler.kv_cache.allocators)
+    run_history(scheduler, requests, data, lambda n_total: step(
+        scheduler, memory, n_total, lambda n: rng.randint(0, n), lambda most: rng.randint(0, most)))
 
 
 def decoding(scheduler, *n_drafts, n_prompt=4):

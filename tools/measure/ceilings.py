@@ -209,9 +209,9 @@ class Gpu(Machine):
         return seconds
 
 
-def side_by_side(pool, x):
+def side_by_side(pool, x, n_cores):
     """The sum of x, a part on each core; returns the parts' sums."""
-    return list(pool.map(np.add.reduce, np.array_split(x, machine()["cores"])))
+    return list(pool.map(np.add.reduce, np.array_split(x, n_cores)))
 
 
 class Cpu(Machine):
@@ -231,8 +231,9 @@ class Cpu(Machine):
                 out = np.empty_like(x[:n // 2])
                 self.add("copy", shape, self.seconds(partial(np.copyto, out, x[n // 2:])), 4 * n, "bytes/s",
                          ["read and written bytes"])
-        with self.attempt("read, sum"), ThreadPoolExecutor(machine()["cores"]) as cores:
-            self.add("read, sum", shape, self.seconds(partial(side_by_side, cores, x)), 4 * n, "bytes/s")
+        n_cores = machine()["cores"]
+        with self.attempt("read, sum"), ThreadPoolExecutor(n_cores) as pool:
+            self.add("read, sum", shape, self.seconds(partial(side_by_side, pool, x, n_cores)), 4 * n, "bytes/s")
         with self.attempt("read, GEMV"):
             matrix, vector, out = x.reshape(-1, 1024), x[:1024].copy(), np.empty(n // 1024, np.float32)
             self.add("read, GEMV", shape, self.seconds(partial(np.matmul, matrix, vector, out=out)), 4 * n, "bytes/s")

@@ -108,8 +108,9 @@ def check(found, arches, n_workers):
         compiled = dict(zip(keys, pool.map(compile_one, keys), strict=True))
     rows = []
     for build, n_threads, smem in found:
+        n_asked = asked_blocks(build)
         for arch in arches:
             taken, error = compiled[units[id(build)], arch]
             rows.append(Row(build.source.file, repr(build), arch, n_threads, smem, taken and taken[build.entry], error,
-                            asked_blocks(build)))
+                            n_asked))
     return rows
